@@ -1,0 +1,57 @@
+# make setup | test | test-slow | lint | demo | bench | clean
+#
+# PYTHON=python3.12 make setup    makes the environment with another Python (3.10 to 3.13)
+# make test ARGS="-k focal -x"    hands arguments on to pytest
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+# Made absolute only to be used from recipes that change folder.
+BIN    := $(abspath $(VENV))/bin
+CHOSEN := $(if $(filter file,$(origin PYTHON)),,--use-this-python)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow lint format demo bench clean distclean
+
+help:
+	@echo "make setup      create $(VENV) with torch, detectron2 and this package (implied by the rest)"
+	@echo "make demo       train on drawn shapes for some minutes and draw what was found"
+	@echo "make test       the tests, but for the slow ones"
+	@echo "make test-slow  the slow ones"
+	@echo "make lint       ruff and mypy; 'make format' rewrites the files"
+	@echo "make bench      time and memory of the losses"
+	@echo "make clean      remove what was built; 'make distclean' removes $(VENV) too"
+
+setup:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 7) or sys.exit("setup: error: Python %d.%d is too old, this needs 3.10 to 3.13. Name another: PYTHON=python3.12 make setup" % sys.version_info[:2])'
+	@$(PYTHON) tools/setup_env.py --venv "$(VENV)" $(CHOSEN)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+format: setup
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+demo: setup
+	$(BIN)/python train_net.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml
+	$(BIN)/python tools/visualize_results.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml --output output/demo/pictures
+
+bench: setup
+	$(BIN)/python tools/benchmark.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf "$(VENV)"

@@ -1,0 +1,102 @@
+"""Data sets of one's own: annotations in COCO's JSON format and a folder of images."""
+
+import json
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from ..errors import UserError
+
+
+def register_coco_json(name: str, json_file: str, image_root: str) -> None:
+    """Register a data set of COCO form under ``name``, for DATASETS.TRAIN and DATASETS.TEST.
+
+    Nothing is read before the data set is used. Registering the same set again does nothing.
+
+    Args:
+        name: the data set's name in the config.
+        json_file: annotations in COCO's instance format.
+        image_root: folder that the images' ``file_name`` are relative to.
+
+    Raises:
+        UserError: if the name is taken by another data set.
+    """
+    if name not in DatasetCatalog:
+        register_coco_instances(name, {}, json_file, image_root)
+        return
+    known = MetadataCatalog.get(name)
+    if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
+        raise UserError(f"DATASETS.COCO_JSON: the name {name!r} is taken; choose another one")
+
+
+def register_datasets_of(cfg: CfgNode) -> None:
+    """Register the data sets of ``DATASETS.COCO_JSON``; every process needs to.
+
+    Raises:
+        UserError: if an entry is not [name, json, image folder], or its name is taken.
+    """
+    for entry in cfg.DATASETS.COCO_JSON:
+        if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
+            raise UserError(
+                f"DATASETS.COCO_JSON: expected [name, json file, image folder], got {entry!r}"
+            )
+        register_coco_json(*entry)
+
+
+def read_coco_json(json_file: str) -> dict[str, Any]:
+    """Read a JSON file and make sure that it is of COCO's instance format.
+
+    Args:
+        json_file: its path.
+
+    Returns:
+        its content, with lists "images", "annotations" and "categories".
+
+    Raises:
+        UserError: if it can't be read, is no JSON, or is not of COCO's format.
+    """
+    try:
+        with open(json_file, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as error:
+        raise UserError(f"{json_file}: can't be read: {error.strerror}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{json_file}: not a JSON file: {error}") from error
+    needed = {
+        "images": {"id", "file_name", "height", "width"},
+        "annotations": {"image_id", "category_id", "bbox"},
+        "categories": {"id", "name"},
+    }
+    for section, fields in needed.items():
+        rows = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise UserError(f"{json_file}: not in COCO format: it has no list {section!r}")
+        for i, row in enumerate(rows):
+            missing = fields - row.keys() if isinstance(row, dict) else fields
+            if missing:
+                raise UserError(
+                    f"{json_file}: not in COCO format: {section}[{i}] has no {min(missing)!r}"
+                )
+    return content
+
+
+def class_names(content: dict[str, Any]) -> list[str]:
+    """The classes in the order of their category ids, as detectron2 numbers them."""
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+
+
+def check_image_folder(image_root: str, content: dict[str, Any], json_file: str) -> None:
+    """Make sure that the image folder is there and is the one the annotations speak of.
+
+    Raises:
+        UserError: if the folder, or the first image named by the annotations, is missing.
+    """
+    if not os.path.isdir(image_root):
+        raise UserError(f"image folder {image_root!r} not found")
+    if content["images"]:
+        first = content["images"][0]["file_name"]
+        if not os.path.isfile(os.path.join(image_root, first)):
+            raise UserError(f"image {first!r} of {json_file} is not in the folder {image_root!r}")

@@ -1,0 +1,32 @@
+"""The command line of ``train_net.py``: detectron2's own, but nothing is swallowed."""
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.engine import default_argument_parser
+
+from ..errors import UserError
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse detectron2's flags, then KEY VALUE pairs.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        detectron2's namespace; ``opts`` holds the KEY VALUE pairs.
+
+    Raises:
+        UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
+            without value, or no --config-file.
+    """
+    args = default_argument_parser().parse_args(argv)
+    for word in args.opts:
+        if word.startswith("--"):
+            raise UserError(f"{word} must stand before the KEY VALUE options ({args.opts[0]} ...)")
+    if len(args.opts) % 2:
+        raise UserError(f"KEY VALUE options come in pairs, but {args.opts[-1]!r} is left over")
+    if not args.config_file:
+        raise UserError("--config-file is required, e.g. one of those in configs/")
+    return args

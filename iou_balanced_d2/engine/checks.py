@@ -1,0 +1,112 @@
+"""Checks of a run's config before anything is written or started."""
+
+import logging
+import os
+import tempfile
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..config import iou_balanced_args
+from ..errors import UserError
+from ..modeling import IoUBalancedLoss
+
+# detectron2's and the paper's learning rate of RetinaNet, for each image of the batch.
+LR_PER_IMAGE = 0.01 / 16
+
+logger = logging.getLogger(__name__)
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Check the meta-architecture's name and the values of the losses' keys.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise UserError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not known")
+    box_loss = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
+    try:
+        IoUBalancedLoss(
+            num_classes=1,
+            box2box_transform=None,
+            box_reg_loss_type=box_loss,
+            **iou_balanced_args(cfg),
+        )
+    except ValueError as error:
+        name, rest = str(error).split(" ", 1)
+        keys = {"box_reg_loss_type": "MODEL.RETINANET.BBOX_REG_LOSS_TYPE"}
+        key = keys.get(name, f"MODEL.IOU_BALANCED.{name.upper()}")
+        raise UserError(f"{key} {rest}") from error
+
+
+def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
+    """Check that the weights to start from exist, and that there are some to evaluate.
+
+    Raises:
+        UserError: naming the file, or what to give.
+    """
+    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return
+    weights = cfg.MODEL.WEIGHTS
+    if eval_only and not weights:
+        raise UserError(
+            "nothing to evaluate: give MODEL.WEIGHTS FILE, or --resume for the last checkpoint "
+            f"in OUTPUT_DIR {cfg.OUTPUT_DIR!r}"
+        )
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights!r} not found")
+
+
+def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int, machine_rank: int) -> None:
+    """Check the number of processes against the machine and the batch.
+
+    Raises:
+        UserError: naming the flag or key.
+    """
+    devices = torch.cuda.device_count() if cfg.MODEL.DEVICE.startswith("cuda") else 1
+    if num_gpus > devices:
+        raise UserError(f"--num-gpus {num_gpus}, but this machine has {devices} device(s) to use")
+    if not 0 <= machine_rank < num_machines:
+        raise UserError(f"--machine-rank {machine_rank} must be in 0..{num_machines - 1}")
+    world_size, batch = max(num_gpus, 1) * num_machines, cfg.SOLVER.IMS_PER_BATCH
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and batch % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}, the number of GPUs the schedule was written for: with a batch of your "
+            "own set SOLVER.REFERENCE_WORLD_SIZE 0, which switches the scaling off"
+        )
+    if not reference and batch % world_size:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} can't be shared by {world_size} processes")
+
+
+def warn_linear_rule(cfg: CfgNode) -> None:
+    """Warn when batch and learning rate are off the linear rule, for training from weights.
+
+    (From scratch, with normalisation in the head, other rates are right.)
+    """
+    batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
+    expected = LR_PER_IMAGE * batch
+    if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
+        logger.warning(
+            f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: the linear rule "
+            f"(0.01 for 16 images) gives {expected:g}"
+        )
+
+
+def check_output_dir(cfg: CfgNode) -> None:
+    """Make sure that files can be written to OUTPUT_DIR. The last check, as it makes the folder.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} can't be written: {error.strerror}"
+        ) from error

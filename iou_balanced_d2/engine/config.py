@@ -1,0 +1,92 @@
+"""From a config file and KEY VALUE options to a config, with errors that name the culprit."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_iou_balanced_config
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Build the config of a run. Config files hold values only: none of them runs code.
+
+    Args:
+        config_file: path of a YAML file.
+        opts: KEY VALUE pairs that override it.
+
+    Returns:
+        the config, not frozen.
+
+    Raises:
+        UserError: if the file is missing or broken, or a key or value does not fit.
+    """
+    cfg = get_cfg()
+    add_iou_balanced_config(cfg)
+    if not os.path.isfile(config_file):
+        raise UserError(f"config file {config_file!r} not found")
+    keys = set(_flat_keys(cfg))
+    for key in opts[0::2]:
+        if key not in keys:
+            raise UserError(_unknown_key(key, keys))
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except Exception as error:
+        raise UserError(f"config file {config_file!r}: {_explain(error, keys)}") from error
+    try:
+        cfg.merge_from_list(list(opts))
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(_explain(error, keys)) from error
+    return cfg
+
+
+def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _unknown_key(key: str, keys: set[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _explain(error: Exception, keys: set[str]) -> str:
+    """One line for whatever YAML and yacs raise."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    unknown = re.search(r"Non-existent config key: (\S+)", text)
+    if unknown:
+        return _unknown_key(unknown.group(1), keys)
+    if isinstance(error, FileNotFoundError):
+        return f"its _BASE_ {error.filename!r} not found"
+    if isinstance(error, yaml.constructor.ConstructorError):
+        return (
+            f"only plain values are allowed: {error.problem} (line {error.problem_mark.line + 1})"
+        )
+    return " ".join(text.split()) or type(error).__name__
+
+
+def choose_device(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
+    """Let MODEL.DEVICE left at its default, "cuda", mean the CPU where there is no CUDA.
+
+    Args:
+        cfg: changed in place.
+        opts: the command line's KEY VALUE pairs; a device asked for there is not replaced.
+
+    Raises:
+        UserError: if a CUDA device is asked for on the command line and there is none.
+    """
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return
+    if "MODEL.DEVICE" in opts[0::2] or cfg.MODEL.DEVICE != get_cfg().MODEL.DEVICE:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but no CUDA device is available")
+    cfg.MODEL.DEVICE = "cpu"

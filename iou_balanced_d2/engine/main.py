@@ -1,0 +1,88 @@
+"""One training or evaluation run: checked before it is launched, the same on every process."""
+
+import argparse
+import logging
+import warnings
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..data import check_datasets, register_datasets_of
+from .checks import check_launch, check_model, check_output_dir, check_weights, warn_linear_rule
+from .config import choose_device, load_config
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(args: argparse.Namespace) -> CfgNode:
+    """Build and check the config in the launching process; writes nothing before all is well.
+
+    Args:
+        args: from :func:`parse_arguments`.
+
+    Returns:
+        the frozen config.
+
+    Raises:
+        UserError: for whatever is wrong with the config, the data or the machine.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    choose_device(cfg, args.opts)
+    check_model(cfg)
+    check_launch(
+        cfg,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+    )
+    check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    check_datasets(cfg, training=not args.eval_only)
+    check_output_dir(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, or evaluate with ``--eval-only``, in this process.
+
+    Args:
+        cfg: from :func:`prepare`.
+        args: from :func:`parse_arguments`.
+
+    Returns:
+        the evaluation's results, where there are any.
+    """
+    # From detectron2's anchor generator: nothing a user could mend.
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    register_datasets_of(cfg)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_balanced_d2")
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
+    if args.eval_only:
+        return evaluate(cfg, resume=args.resume)
+    warn_linear_rule(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
+
+    Returns:
+        the results by data set; exits with code 1 if TEST.EXPECTED_RESULTS are missed.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results

@@ -1,0 +1,20 @@
+"""The IoU-balanced losses as pure tensor functions (torch and fvcore only, no detectron2).
+
+Source of the equations: Wu, Yang, Wang, Li, "IoU-balanced Loss Functions for Single-stage
+Object Detection", arXiv 1908.05641.
+"""
+
+from .cross_entropy import iou_balanced_cross_entropy
+from .focal import iou_balanced_sigmoid_focal_loss, sigmoid_focal_loss
+from .smooth_l1 import iou_balanced_smooth_l1_loss
+from .weights import iou_balanced_cls_weights, iou_balanced_loc_weights, measure_w_loc
+
+__all__ = [
+    "iou_balanced_cls_weights",
+    "iou_balanced_cross_entropy",
+    "iou_balanced_loc_weights",
+    "iou_balanced_sigmoid_focal_loss",
+    "iou_balanced_smooth_l1_loss",
+    "measure_w_loc",
+    "sigmoid_focal_loss",
+]

@@ -1,0 +1,41 @@
+"""IoU-balanced smooth L1 loss on encoded box deltas (eq. 3 and 4)."""
+
+from fvcore.nn import smooth_l1_loss
+from torch import Tensor
+
+from .weights import iou_balanced_loc_weights
+
+
+def iou_balanced_smooth_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    iou: Tensor,
+    *,
+    beta: float = 0.11,
+    lambda_: float = 1.5,
+    w_loc: float | Tensor = 1.0,
+) -> Tensor:
+    """Sum over positives and coordinates of w_i * smoothL1(pred - target), eq. 3 with eq. 4.
+
+    Args:
+        pred: (P, 4) float, predicted deltas (dx, dy, dw, dh) of the positives.
+        target: (P, 4) float, the deltas of their ground truth.
+        iou: (P,) float, IoU of the decoded boxes with their ground truth; gets no gradient.
+        beta: knee between the quadratic and the linear part, >= 0 (the paper's delta, 0.11 in
+            the author's code).
+        lambda_: power >= 0 of eq. 4; 0 is the plain loss times w_loc.
+        w_loc: constant of eq. 4, see :func:`measure_w_loc`.
+
+    Returns:
+        Scalar sum, not yet divided by the number of positives.
+
+    Raises:
+        ValueError: if shapes do not fit or lambda_ is negative.
+    """
+    if pred.shape != target.shape or pred.shape != (len(iou), 4):
+        raise ValueError(
+            f"expected pred and target of shape (P, 4) and iou (P,), got {tuple(pred.shape)}, "
+            f"{tuple(target.shape)} and {tuple(iou.shape)}"
+        )
+    weights = iou_balanced_loc_weights(iou, lambda_=lambda_, w_loc=w_loc)
+    return (smooth_l1_loss(pred, target, beta=beta, reduction="none").sum(dim=1) * weights).sum()

@@ -1,0 +1,71 @@
+"""RetinaNet trained with the IoU-balanced losses."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from ..config import iou_balanced_args
+from .iou_balanced_loss import IoUBalancedLoss
+
+
+@META_ARCH_REGISTRY.register()
+class IoUBalancedRetinaNet(RetinaNet):
+    """detectron2's RetinaNet with another ``losses()``: same parameters, same inference.
+
+    Its ``state_dict`` is RetinaNet's, so checkpoints load strictly both ways.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        cls_eta: float = 1.5,
+        cls_norm_scope: str = "batch",
+        loc_lambda: float = 1.5,
+        loc_weight: float = 0.0,
+        normalizer: str = "ema",
+        **retinanet: Any,
+    ):
+        """Build RetinaNet and its losses.
+
+        Args:
+            cls_eta: see :class:`IoUBalancedLoss`, as the next four.
+            cls_norm_scope: "batch", "level", "image" or "global".
+            loc_lambda: power of the box loss's weights.
+            loc_weight: w_loc, 0 to measure it.
+            normalizer: "ema" or "batch".
+            retinanet: the arguments of :class:`detectron2.modeling.RetinaNet`.
+        """
+        super().__init__(**retinanet)
+        self.iou_balanced_loss = IoUBalancedLoss(
+            num_classes=self.num_classes,
+            box2box_transform=self.box2box_transform,
+            focal_loss_alpha=self.focal_loss_alpha,
+            focal_loss_gamma=self.focal_loss_gamma,
+            smooth_l1_beta=self.smooth_l1_beta,
+            box_reg_loss_type=self.box_reg_loss_type,
+            cls_eta=cls_eta,
+            cls_norm_scope=cls_norm_scope,
+            loc_lambda=loc_lambda,
+            loc_weight=loc_weight,
+            normalizer=normalizer,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """RetinaNet's arguments and those of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """See :meth:`IoUBalancedLoss.forward`; arguments and keys are RetinaNet's."""
+        return self.iou_balanced_loss(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)

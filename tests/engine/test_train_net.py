@@ -1,0 +1,211 @@
+"""train_net.py as a user runs it: train, resume, evaluate, and every mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(*args, cwd):
+    """Run train_net.py; return (exit code, stdout, stderr)."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "train_net.py"), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def config(tmp_path, own_data):
+    """A config of a user's own: toy model, own data, paths relative to the folder run in."""
+    entry = [str(Path(path).relative_to(tmp_path)) for path in own_data]
+    content = {
+        "_BASE_": str(ROOT / "configs/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml"),
+        "MODEL": {
+            "WEIGHTS": "",
+            "BACKBONE": {"FREEZE_AT": 0},
+            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
+            "FPN": {"OUT_CHANNELS": 16},
+            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1},
+        },
+        "DATASETS": {"COCO_JSON": [["own", *entry]], "TRAIN": ["own"], "TEST": ["own"]},
+        "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
+        "DATALOADER": {"NUM_WORKERS": 0},
+        "SOLVER": {"IMS_PER_BATCH": 2, "REFERENCE_WORLD_SIZE": 0, "MAX_ITER": 4, "STEPS": [3]},
+        "SEED": 1,
+        "OUTPUT_DIR": "out",
+    }
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_train_resume_and_evaluate(tmp_path, config):
+    code, out, err = run("--config-file", config, cwd=tmp_path)
+    assert code == 0, err
+    assert "Running on the CPU" in out
+    assert out.count("w_loc measured") == 1
+    assert "AP,AP50,AP75" in out
+    first = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    assert first["iou_balanced"]["losses"][0]["w_loc"] > 1
+    assert first["iteration"] == 3
+
+    code, out, err = run("--config-file", config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path)
+    assert code == 0, err
+    assert "Starting training from iteration 4" in out
+    assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
+    second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
+    assert states[1]["w_loc"] == states[0]["w_loc"]
+    # Each image has positives, so two more steps have moved the average of the normaliser on.
+    assert states[1]["loss_normalizer"] != states[0]["loss_normalizer"]
+
+    for source in (["--resume"], []):
+        weights = [] if source else ["MODEL.WEIGHTS", "out/model_final.pth"]
+        code, out, err = run(
+            "--config-file", config, "--eval-only", *source, *weights, cwd=tmp_path
+        )
+        assert code == 0, err
+        assert "AP,AP50,AP75" in out
+    assert (
+        json.loads((tmp_path / "out/inference/own/coco_instances_results.json").read_text())
+        is not None
+    )
+
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.1]]"]
+    code, out, _ = run("--config-file", config, "--eval-only", "--resume", *expected, cwd=tmp_path)
+    assert code == 1
+    assert "Result verification failed" in out
+
+
+def spoil_json(tmp_path, text):
+    (tmp_path / "annotations.json").write_text(text)
+
+
+def spoiled(function, *args):
+    """An entry of BAD_INPUT that changes files of the data set, given its folder."""
+    return lambda folder: function(folder, *args)
+
+
+# What is wrong -> (options, change of the files, what the message must say).
+BAD_INPUT = {
+    "missing config": (["--config-file", "gone.yaml"], None, "'gone.yaml' not found"),
+    "unknown key": (
+        ["MODEL.IOU_BALANCED.LOC_LAMDA", "1"],
+        None,
+        "did you mean 'MODEL.IOU_BALANCED.LOC_LAMBDA'",
+    ),
+    "unknown detector": (
+        ["MODEL.META_ARCHITECTURE", "IoUBalanced"],
+        None,
+        "MODEL.META_ARCHITECTURE 'IoUBalanced'",
+    ),
+    "flag after options": (["SEED", "1", "--resume"], None, "--resume must stand before"),
+    "negative power": (
+        ["MODEL.IOU_BALANCED.CLS_ETA", "-1.5"],
+        None,
+        "MODEL.IOU_BALANCED.CLS_ETA must be",
+    ),
+    "unknown scope": (
+        ["MODEL.IOU_BALANCED.CLS_NORM_SCOPE", "all"],
+        None,
+        "MODEL.IOU_BALANCED.CLS_NORM_SCOPE must be one of",
+    ),
+    "unknown box loss": (
+        ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l7"],
+        None,
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be one of",
+    ),
+    "classes that do not fit": (
+        ["MODEL.RETINANET.NUM_CLASSES", "80"],
+        None,
+        "has 2 classes (square, circle): set it to 2",
+    ),
+    "unknown data set": (["DATASETS.TRAIN", "('owm',)"], None, "did you mean 'own'?"),
+    "no data set": (["DATASETS.TRAIN", "()"], None, "DATASETS.TRAIN is empty"),
+    "name taken": (
+        ["DATASETS.COCO_JSON", "(('coco_2017_val','a','b'),)"],
+        None,
+        "'coco_2017_val' is taken",
+    ),
+    "half an entry": (
+        ["DATASETS.COCO_JSON", "(('own',),)"],
+        None,
+        "expected [name, json file, image folder]",
+    ),
+    "COCO not there": (
+        ["DATASETS.TRAIN", "('coco_2017_val',)"],
+        None,
+        "set the environment variable DETECTRON2_DATASETS",
+    ),
+    "missing weights": (["MODEL.WEIGHTS", "gone.pth"], None, "'gone.pth' not found"),
+    "no JSON": ([], lambda p: (p / "annotations.json").unlink(), "annotations.json: can't be read"),
+    "broken JSON": ([], spoiled(spoil_json, "{"), "annotations.json: not a JSON file"),
+    "not COCO": ([], spoiled(spoil_json, "[]"), "not in COCO format: it has no list 'images'"),
+    "odd COCO": (
+        [],
+        spoiled(spoil_json, '{"images": [{"id": 1}]}'),
+        "images[0] has no 'file_name'",
+    ),
+    "no image folder": (
+        [],
+        lambda p: (p / "images").rename(p / "moved"),
+        "image folder 'images' not found",
+    ),
+    "no image": (
+        [],
+        lambda p: (p / "images/0.png").unlink(),
+        "'0.png' of annotations.json is not in the folder",
+    ),
+    "output is a file": (
+        ["OUTPUT_DIR", "own.yaml/out"],
+        None,
+        "OUTPUT_DIR 'own.yaml/out' can't be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, config, case, monkeypatch, capsys):
+    """In this process, as each start of Python with torch takes seconds; one case runs for real."""
+    import train_net
+
+    options, spoil, expected = BAD_INPUT[case]
+    flags = (
+        options if options[:1] == ["--config-file"] else ["--config-file", str(config), *options]
+    )
+    if spoil:
+        spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *flags])
+    forget_own_data()
+    assert train_net.run() == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith("train_net.py: error: ")
+    assert expected in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def forget_own_data():
+    """The catalogs live as long as the process; the user's run starts with fresh ones."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    if "own" in DatasetCatalog:
+        DatasetCatalog.remove("own")
+        MetadataCatalog.remove("own")
+
+
+def test_bad_input_ends_the_process_with_code_2(tmp_path, config):
+    code, out, err = run("--config-file", config, "SEED", "1", "--num-gpus", "4", cwd=tmp_path)
+    assert code == 2
+    assert "error: --num-gpus must stand before the KEY VALUE options" in err.splitlines()[-1]
+    assert out == ""
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,34 @@
+"""The trainer's own parts: gradient clipping of the whole model, and the losses' saved state."""
+
+import torch
+
+from iou_balanced_d2.engine.trainer import LossState, Trainer
+
+from ..toy import toy_config, toy_model
+
+
+def test_full_model_clips_the_norm_of_all_gradients_together():
+    cfg = toy_config(
+        "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0, "SOLVER.BASE_LR", 1.0, "SOLVER.MOMENTUM", 0.0,
+        "SOLVER.WEIGHT_DECAY", 0.0,
+    )  # fmt: skip
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    optimizer.step()
+    step = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+    torch.testing.assert_close(step.norm(), torch.tensor(5.0))
+
+
+def test_loss_state_goes_from_model_to_model():
+    model, other = toy_model(), toy_model()
+    model.iou_balanced_loss.w_loc.fill_(2.5)
+    model.iou_balanced_loss.loss_normalizer.fill_(7.0)
+    LossState(other).load_state_dict(LossState(model).state_dict())
+    assert other.iou_balanced_loss.training_state() == {"w_loc": 2.5, "loss_normalizer": 7.0}
+    assert LossState(toy_model("MODEL.META_ARCHITECTURE", "RetinaNet")).state_dict() == {
+        "losses": []
+    }

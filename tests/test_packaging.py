@@ -1,0 +1,141 @@
+"""The source archive and the wheel: what is in them, and that the wheel works when unpacked."""
+
+from __future__ import annotations
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ["iou_balanced_d2", "configs", "projects", "requirements", "tools", "tests"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "train_net.py"]
+FILES += ["Makefile", "constraints.txt"]
+SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+USE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from iou_balanced_d2.model_zoo import get_config_file
+from iou_balanced_d2.projects.toy.modeling import VALUE
+print(get_config_file("Base-RetinaNet.yaml"))
+print(get_config_file("lazy/toy.py"))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command, return what it printed; show all of it on failure."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with one more project and one more config."""
+    folder = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    write(folder / "projects/Toy/toy/__init__.py", "")
+    write(folder / "projects/Toy/toy/modeling/__init__.py", "VALUE = 1\n")
+    write(folder / "projects/Toy/configs/toy.yaml", "VERSION: 2\n")
+    write(folder / "configs/lazy/toy.py", "VALUE = 1\n")
+    write(folder / "output/model_final.pth", "")
+    write(folder / "datasets/photo.jpg", "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", SDIST, out, cwd=source)
+    (archive,) = out.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source archive: so the archive has all that it takes."""
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps")
+    run(*pip, "--no-build-isolation", "-w", out, sdist, cwd=out)
+    (archive,) = out.glob("*.whl")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path, names: set[str]) -> Message:
+    (name,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_wheel_has_every_module_and_every_config(names: set[str]) -> None:
+    for file in ROOT.glob("iou_balanced_d2/**/*.py"):
+        assert file.relative_to(ROOT).as_posix() in names
+    configs = [f for f in ROOT.glob("configs/**/*") if f.suffix in (".yaml", ".py")]
+    assert configs
+    for file in configs:
+        assert f"iou_balanced_d2/model_zoo/{file.relative_to(ROOT).as_posix()}" in names
+
+
+def test_wheel_has_projects_as_subpackages(names: set[str]) -> None:
+    assert "iou_balanced_d2/projects/toy/modeling/__init__.py" in names
+    for init in ROOT.glob("projects/*/*/__init__.py"):
+        assert f"iou_balanced_d2/projects/{init.parent.name}/__init__.py" in names
+
+
+def test_wheel_has_nothing_else(names: set[str]) -> None:
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"iou_balanced_d2"}
+    kinds = {Path(n).suffix for n in names if ".dist-info/" not in n}
+    assert kinds <= {".py", ".yaml", ".typed"}
+    assert not [n for n in names if "__pycache__" in n or "/tests/" in n]
+    assert any(n.endswith("/LICENSE") for n in names)
+
+
+def test_metadata(metadata: Message) -> None:
+    init = (ROOT / "iou_balanced_d2" / "__init__.py").read_text()
+    assert f'__version__ = "{metadata["Version"]}"' in init
+    assert metadata["Requires-Python"] == ">=3.10"
+    required = metadata.get_all("Requires-Dist")
+    always = [line for line in required if "extra ==" not in line]
+    # Those who have a detectron2 have its torch and OpenCV, and must be able to keep them.
+    assert not [r for r in always if re.match("detectron2|opencv", r)]
+    assert not [r for r in always if re.search("<|==", r)]
+    assert {"dev", "opencv"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_sdist_has_what_it_takes_and_no_data(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "constraints.txt", "requirements/detectron2.txt", "train_net.py"} <= files
+    assert {"tools/setup_env.py", "projects/Toy/configs/toy.yaml", "LICENSE"} <= files
+    assert not [f for f in files if f.startswith(("output", "datasets", ".venv"))]
+
+
+def test_unpacked_wheel_finds_its_configs_and_projects(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    base, lazy = run(sys.executable, "-c", USE, tmp_path, cwd=tmp_path).splitlines()[-2:]
+    assert base == str(tmp_path / "iou_balanced_d2/model_zoo/configs/Base-RetinaNet.yaml")
+    assert lazy == str(tmp_path / "iou_balanced_d2/model_zoo/configs/lazy/toy.py")
