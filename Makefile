@@ -7,8 +7,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-# Made absolute only to be used from recipes that change folder.
-BIN    := $(abspath $(VENV))/bin
+BIN    := $(VENV)/bin
+# An environment that exists keeps its Python unless PYTHON names another.
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,--use-this-python)
 
 .DEFAULT_GOAL := help

@@ -75,6 +75,7 @@ setup(
     # Only what is named above; the files of the source archive are in MANIFEST.in.
     include_package_data=False,
     zip_safe=False,
-    install_requires=requirements("package"),
-    extras_require={"dev": requirements("dev"), "opencv": ["opencv-python"]},
+    # (`make setup` takes opencv-python-headless where the system lacks what this one links to.)
+    install_requires=[*requirements("package"), "opencv-python"],
+    extras_require={"dev": requirements("dev")},
 )

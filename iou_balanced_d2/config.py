@@ -18,10 +18,14 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     # lambda of eq. 4: positives' box loss is weighted by w_loc * IoU^lambda.
     # 0.0 is the plain box loss (times w_loc).
     cfg.MODEL.IOU_BALANCED.LOC_LAMBDA = 1.5
-    # w_loc of eq. 4. 0.0 = measure it at the first step, so that the sum of the box loss is
-    # unchanged there, and keep it; any other value is used as it is (the author's, tuned by hand:
-    # 3.049 for R50 on COCO, 2.34 on VOC).
+    # w_loc of eq. 4. 0.0 = measure it by LOC_WEIGHT_RULE; any other value is used as it is (the
+    # author's, tuned by hand: 3.049 for R50 on COCO, 2.34 on VOC).
     cfg.MODEL.IOU_BALANCED.LOC_WEIGHT = 0.0
+    # How w_loc is measured, so that the sum of the box loss stays what it was: "first" = at the
+    # first step, then kept, the paper's rule; "anchors" = the same with the anchors for the boxes
+    # (the value for heads that start at 0; not for FCOS, nor for fine-tuning); "warmup" = over the
+    # SOLVER.WARMUP_ITERS steps of the warm-up, then kept; "running" = at every step anew, eq. 5.
+    cfg.MODEL.IOU_BALANCED.LOC_WEIGHT_RULE = "first"
     # What the losses are divided by: "ema" = the moving average of the number of positives,
     # detectron2's rule; "batch" = the number of positives of this step, the author's code.
     cfg.MODEL.IOU_BALANCED.NORMALIZER = "ema"
@@ -33,5 +37,10 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
 
 
 def iou_balanced_args(cfg: CfgNode) -> dict[str, Any]:
-    """The keys of ``MODEL.IOU_BALANCED`` as arguments: each key's name in lower case."""
-    return {key.lower(): value for key, value in cfg.MODEL.IOU_BALANCED.items()}
+    """The keys of ``MODEL.IOU_BALANCED`` as arguments: each key's name in lower case.
+
+    Returns:
+        arguments of :class:`IoUBalancedLoss`.
+    """
+    keys = {key.lower(): value for key, value in cfg.MODEL.IOU_BALANCED.items()}
+    return {**keys, "warmup_iters": cfg.SOLVER.WARMUP_ITERS}

@@ -199,8 +199,7 @@ def plan(facts: Facts) -> list[Step]:
     found = venv if venv and venv.has_detectron2 else None
     if found is None and facts.base.has_detectron2:
         venv, found = None, facts.base
-    is_ours = found is venv and found is not None and is_reupload(facts, found)
-    if found is None or is_ours:
+    if found is None or is_reupload(facts, found):
         steps = base_steps(facts, venv, share_base=False)
         steps += pinned_steps(facts, venv)
     else:
@@ -525,6 +524,8 @@ def main() -> int:
         if args.dry_run:
             print("\n".join(shlex.join(step.command) for step in steps))
         elif steps:
+            if facts.venv is None and facts.base.error:
+                print(f"setup: {facts.base.detectron2} is not used: {facts.base.error}")
             run_steps(facts, steps)
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)

@@ -69,9 +69,7 @@ def _explain(error: Exception, keys: set[str]) -> str:
     if isinstance(error, FileNotFoundError):
         return f"its _BASE_ {error.filename!r} not found"
     if isinstance(error, yaml.constructor.ConstructorError):
-        return (
-            f"only plain values are allowed: {error.problem} (line {error.problem_mark.line + 1})"
-        )
+        return f"only plain values are allowed: {error.problem}"
     return " ".join(text.split()) or type(error).__name__
 
 

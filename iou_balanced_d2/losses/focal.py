@@ -7,6 +7,9 @@ Almost every one of the M * K logits is a negative. So the sum is taken as
 no one-hot target, no masked copy, and loss and gradient come out of the same pass.
 """
 
+import functools
+import logging
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +19,13 @@ from torch.nn import functional as F
 from .weights import iou_balanced_cls_weights
 
 # Elements of one block on the CPU: its few temporaries of 4 bytes an element stay in a core's
-# cache, while a block is still long enough to hide the cost of calling an operator.
-_CPU_BLOCK = 1 << 16
+# cache, while a block is still long enough to hide the cost of calling an operator. Elsewhere
+# blocks only bound the memory of temporaries.
+_CPU_BLOCK, _BLOCK = 1 << 16, 1 << 24
 # log1p(exp(x)) equals x to the last bit of float64 above this, and exp(50) is far from overflow.
 _SOFTPLUS_THRESHOLD = 50.0
+
+logger = logging.getLogger(__name__)
 
 
 class FocalTargets(NamedTuple):
@@ -92,7 +98,7 @@ def _background_sum(logits: Tensor, alpha: float, gamma: float, grad: Tensor | N
     """Sum of the background terms of all logits; their derivative goes to ``grad`` in passing."""
     dtype = _compute_dtype(logits)
     flat = logits.reshape(-1)
-    size = _CPU_BLOCK if logits.device.type == "cpu" else max(flat.numel(), 1)
+    size = _CPU_BLOCK if logits.device.type == "cpu" else _BLOCK
     sums = []
     for start in range(0, flat.numel(), size):
         block = flat[start : start + size]
@@ -110,7 +116,9 @@ def _focal_sum(
     """Loss sum and, if asked for, its derivative with respect to logits (M, K)."""
     dtype = _compute_dtype(logits)
     rows, classes, ignored = targets
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if grad else None
+    # Not float16: unscaled gradients would underflow there.
+    out_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    out = torch.empty(logits.shape, dtype=out_dtype, device=logits.device) if grad else None
     total = _background_sum(logits, alpha, gamma, out)
 
     x = logits[rows, classes].to(dtype)
@@ -123,8 +131,36 @@ def _focal_sum(
     return total.to(dtype), out
 
 
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The fused kernels of :mod:`.focal_triton`, or None where they do not run.
+
+    Tried once on the GPU in use: a Triton without a compiler, or an unknown GPU, must not end a
+    training that torch can do.
+    """
+    try:
+        from . import focal_triton
+
+        row = torch.zeros(1, dtype=torch.int64, device="cuda")
+        focal_triton.focal_sum(row[:, None].float(), row, row, row[:0], row.float(), 0.25, 2.0)
+    except Exception as error:  # whatever a compiler and its driver may raise
+        logger.warning(f"Focal loss without Triton, in plain torch: {error!r}")
+        return None
+    return focal_triton
+
+
+def _kernels_for(logits: Tensor) -> ModuleType | None:
+    if logits.is_cuda and logits.dtype != torch.float64:
+        return _triton_kernels()
+    return None
+
+
 class _WeightedFocalSum(torch.autograd.Function):
-    """The scalar loss of :func:`weighted_focal_sum`; the forward pass makes the gradient too."""
+    """The scalar loss of :func:`weighted_focal_sum`.
+
+    On the CPU, where the arithmetic costs most, the forward pass makes the gradient too. On a GPU,
+    where memory traffic does, the backward pass computes it from the logits.
+    """
 
     @staticmethod
     def forward(
@@ -135,25 +171,31 @@ class _WeightedFocalSum(torch.autograd.Function):
         alpha: float,
         gamma: float,
     ) -> Tensor:
+        logits = logits.contiguous()
+        ctx.save_for_backward(logits, weights, *targets)
+        ctx.hyper, ctx.grad = (alpha, gamma), None
+        if kernels := _kernels_for(logits):
+            return kernels.focal_sum(logits, *targets, weights, alpha, gamma)
         total, ctx.grad = _focal_sum(
             logits, targets, weights, alpha, gamma, grad=ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(logits, weights, *targets)
-        ctx.hyper = (alpha, gamma)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        logits, weights, *saved = ctx.saved_tensors
+        targets, (alpha, gamma) = FocalTargets(*saved), ctx.hyper
         # The gradient is handed over, scaled in place: no second tensor of the logits' size.
         # Only a second backward through a retained graph has to compute it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            logits, weights, *targets = ctx.saved_tensors
-            alpha, gamma = ctx.hyper
-            grad = _focal_sum(logits, FocalTargets(*targets), weights, alpha, gamma, grad=True)[1]
+            if kernels := _kernels_for(logits):
+                args = (logits, *targets, weights, alpha, gamma, grad_output)
+                return kernels.focal_grad(*args), None, None, None, None
+            grad = _focal_sum(logits, targets, weights, alpha, gamma, grad=True)[1]
             assert grad is not None
-        return grad.mul_(grad_output), None, None, None, None
+        return grad.mul_(grad_output).to(logits.dtype), None, None, None, None
 
 
 def weighted_focal_sum(

@@ -24,18 +24,20 @@ def check_power(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
-def cls_scale(balanced_sum: Tensor, plain_sum: Tensor) -> Tensor:
-    """The factor of eq. 2 that keeps the sum of the positives' classification loss.
+def sum_keeping_scale(balanced_sum: Tensor, plain_sum: Tensor) -> Tensor:
+    """The factor of eq. 2 (and 5) that keeps the sum of the positives' loss.
 
     Args:
-        balanced_sum: any shape, sum of iou^eta * CE over the positives of each group.
-        plain_sum: same shape, sum of CE over the same positives.
+        balanced_sum: any shape, sum of iou^eta * loss over the positives of each group.
+        plain_sum: same shape, sum of the loss over the same positives.
 
     Returns:
-        plain_sum / balanced_sum; NaN where the denominator is 0, which
-        :func:`apply_cls_scale` turns into weights of 1.
+        plain_sum / balanced_sum; NaN where the denominator is 0 (or too small for a quotient
+        with digits in it), which :func:`apply_cls_scale` turns into weights of 1.
     """
-    return torch.where(balanced_sum > 0, plain_sum / balanced_sum, float("nan"))
+    scale = plain_sum / balanced_sum
+    usable = (balanced_sum >= torch.finfo(balanced_sum.dtype).tiny) & torch.isfinite(scale)
+    return torch.where(usable, scale, float("nan"))
 
 
 def apply_cls_scale(powered_iou: Tensor, scale: Tensor) -> Tensor:
@@ -71,12 +73,14 @@ def iou_balanced_cls_weights(
     _check_rows(iou=iou, cls_loss=cls_loss, **({} if group is None else {"group": group}))
     powered = iou**eta
     if group is None:
-        return apply_cls_scale(powered, cls_scale((powered * cls_loss).sum(), cls_loss.sum()))
+        return apply_cls_scale(
+            powered, sum_keeping_scale((powered * cls_loss).sum(), cls_loss.sum())
+        )
     num_groups = int(group.max()) + 1 if len(group) else 0
     zeros = cls_loss.new_zeros(num_groups)
     balanced_sum = zeros.index_add(0, group, powered * cls_loss)
     plain_sum = zeros.index_add(0, group, cls_loss)
-    return apply_cls_scale(powered, cls_scale(balanced_sum, plain_sum)[group])
+    return apply_cls_scale(powered, sum_keeping_scale(balanced_sum, plain_sum)[group])
 
 
 @torch.no_grad()
@@ -119,4 +123,4 @@ def measure_w_loc(iou: Tensor, loc_loss: Tensor, *, lambda_: float) -> Tensor:
     check_power("lambda_", lambda_)
     _check_rows(iou=iou, loc_loss=loc_loss)
     balanced_sum = (iou**lambda_ * loc_loss).sum()
-    return torch.where(balanced_sum > 0, loc_loss.sum() / balanced_sum, 1.0)
+    return sum_keeping_scale(balanced_sum, loc_loss.sum()).nan_to_num(nan=1.0)

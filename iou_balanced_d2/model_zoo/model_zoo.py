@@ -4,7 +4,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout has the configs at its top, a wheel inside this package (see setup.py).
-_FOLDERS = (_PACKAGE.parent.parent / "configs", _PACKAGE / "configs")
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs")
 
 
 def get_config_file(config_path: str) -> str:

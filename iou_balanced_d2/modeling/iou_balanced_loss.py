@@ -4,7 +4,6 @@ Letters: N images, R anchors of one image over all levels, R_l on level l, K cla
 L levels. Boxes are XYXY in absolute coordinates.
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -20,24 +19,19 @@ from ..losses.focal import positive_focal_loss, weighted_focal_sum
 from ..losses.weights import (
     apply_cls_scale,
     check_power,
-    cls_scale,
     iou_balanced_cls_weights,
-    iou_balanced_loc_weights,
+    sum_keeping_scale,
 )
+from .loc_weight import LOC_WEIGHT_RULES, LocWeight
 from .positives import Positives, find_positives, gather_anchors, gather_gt_boxes, gather_rows
 
 CLS_NORM_SCOPES = ("batch", "level", "image", "global")
 NORMALIZERS = ("ema", "batch")
 BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
-# Below this share of the plain loss the boxes hardly overlap their ground truth yet (FCOS starts
-# at IoU 0), and a w_loc measured there would be over 10 and blow up the loss of later steps.
-_MIN_BALANCED_SHARE = 0.1
 # Scalars cost a host sync: written as often as detectron2's writers print.
 _LOG_PERIOD = 20
 _EMA_START, _EMA_MOMENTUM = 100.0, 0.9  # detectron2's RetinaNet
-
-logger = logging.getLogger(__name__)
 
 
 class _Sums(NamedTuple):
@@ -54,12 +48,11 @@ class _Sums(NamedTuple):
 class IoUBalancedLoss(nn.Module):
     """Positives -> IoU -> weights -> losses -> normaliser, for any dense detector.
 
-    Its buffers (``w_loc``, ``loss_normalizer``) are *training* state: not part of the model's
-    ``state_dict``, which stays the plain detector's. They are saved and resumed through
+    Its buffers (the measured w_loc, ``loss_normalizer``) are *training* state: not part of the
+    model's ``state_dict``, which stays the plain detector's. They are saved and resumed through
     :meth:`training_state` and :meth:`load_training_state`.
     """
 
-    w_loc: Tensor
     loss_normalizer: Tensor
 
     def __init__(
@@ -75,6 +68,8 @@ class IoUBalancedLoss(nn.Module):
         cls_norm_scope: str = "batch",
         loc_lambda: float = 1.5,
         loc_weight: float = 0.0,
+        loc_weight_rule: str = "first",
+        warmup_iters: int = 1000,
         normalizer: str = "ema",
     ):
         """Set the hyper-parameters; their names are the config's keys in lower case.
@@ -92,7 +87,9 @@ class IoUBalancedLoss(nn.Module):
             cls_norm_scope: within what eq. 2 keeps the sum: "batch" (this process's), "level",
                 "image", or "global" (over all processes).
             loc_lambda: lambda of eq. 4; 0 is the plain box loss.
-            loc_weight: w_loc of eq. 4; 0 measures it in the first steps and keeps it.
+            loc_weight: w_loc of eq. 4; 0 measures it by ``loc_weight_rule``.
+            loc_weight_rule: "first", "anchors", "warmup" or "running", see :class:`LocWeight`.
+            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
             normalizer: "ema", detectron2's moving average of the number of positives, or "batch",
                 that of this step.
 
@@ -107,6 +104,7 @@ class IoUBalancedLoss(nn.Module):
         ):
             check_power(name, value)
         _check_choice("cls_norm_scope", cls_norm_scope, CLS_NORM_SCOPES)
+        _check_choice("loc_weight_rule", loc_weight_rule, LOC_WEIGHT_RULES)
         _check_choice("normalizer", normalizer, NORMALIZERS)
         _check_choice("box_reg_loss_type", box_reg_loss_type, ("smooth_l1", *BOX_LOSSES))
         self.num_classes = num_classes
@@ -118,16 +116,15 @@ class IoUBalancedLoss(nn.Module):
         self.cls_eta = cls_eta
         self.cls_norm_scope = cls_norm_scope
         self.loc_lambda = loc_lambda
-        self.loc_weight = loc_weight
         self.normalizer = normalizer
-        # 0 stands for "not measured yet".
-        self.register_buffer("w_loc", torch.tensor(loc_weight, dtype=torch.float64), False)
+        self.loc_weight = LocWeight(
+            loc_weight=loc_weight, loc_weight_rule=loc_weight_rule, warmup_iters=warmup_iters
+        )
         self.register_buffer("loss_normalizer", torch.tensor(_EMA_START).double(), False)
-        self._told_w_loc = loc_weight > 0
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters where detectron2 logs the model."""
-        names = ("cls_eta", "cls_norm_scope", "loc_lambda", "loc_weight", "normalizer")
+        names = ("cls_eta", "cls_norm_scope", "loc_lambda", "normalizer")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @torch.jit.unused
@@ -165,13 +162,13 @@ class IoUBalancedLoss(nn.Module):
 
         sums = self._sums(iou, cls_loss, loc_loss.detach())
         if torch.is_grad_enabled():
-            sums = _mean_over_processes(sums)
+            sums = _mean_over_processes(self._measured_at_anchors(sums, anchor, gt))
             self._update_state(sums)
             self._log(sums, num_images=len(gt_labels), num_pos=positives.num)
 
         cls_weights = self._cls_weights(iou, cls_loss, positives, sums)
         loss_cls = self._cls_loss(flat_logits, positives, cls_weights)
-        loss_box_reg = (loc_loss * self._loc_weights(iou)).sum()
+        loss_box_reg = (loc_loss * self.loc_weight.weights(iou, self.loc_lambda)).sum()
         normalizer = self._normalizer(sums).to(loss_cls.dtype)
         return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
 
@@ -192,8 +189,11 @@ class IoUBalancedLoss(nn.Module):
             target = self.box2box_transform.get_deltas(anchor, gt)
             loss = smooth_l1_loss(deltas, target, beta=self.smooth_l1_beta, reduction="none")
             return loss.sum(dim=1)
-        boxes = self.box2box_transform.apply_deltas(deltas, anchor)
-        return BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
+        # Diverged deltas: a NaN loss, reported by its name, instead of an assertion on boxes.
+        finite = torch.isfinite(deltas).all(dim=1)
+        boxes = self.box2box_transform.apply_deltas(deltas.where(finite[:, None], 0.0), anchor)
+        loss = BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
+        return loss.where(finite, float("nan"))
 
     def _positive_cls_loss(self, flat_logits: list[Tensor], positives: Positives) -> Tensor:
         """CE_i of eq. 2 for the P positives, without gradient."""
@@ -228,66 +228,67 @@ class IoUBalancedLoss(nn.Module):
         return _Sums(*torch.stack(columns).double().sum(dim=1).unbind())
 
     @torch.no_grad()
-    def _update_state(self, sums: _Sums) -> None:
-        """Move the normaliser's average on, and measure w_loc at the first step that allows it.
+    def _measured_at_anchors(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
+        """For the rule "anchors": the box loss's sums of predictions that are all 0."""
+        if not self.loc_weight.measures_anchors:
+            return sums
+        deltas = torch.zeros_like(anchor)
+        iou = self._regressed_iou(deltas, anchor, gt)
+        loc_loss = self._loc_loss(deltas, anchor, gt)
+        at_anchors = self._sums(iou, loc_loss, loc_loss)
+        return sums._replace(loc=at_anchors.loc, loc_balanced=at_anchors.loc_balanced)
 
-        The paper: w_loc is chosen so that the sum of the localization loss is unchanged at the
-        first training step, then kept. From reduced sums, so the same on every process.
-        """
+    @torch.no_grad()
+    def _update_state(self, sums: _Sums) -> None:
+        """Move the normaliser's average and w_loc on; the sums are the same on every process."""
         new = sums.num_pos.clamp(min=1) * (1 - _EMA_MOMENTUM)
         self.loss_normalizer.mul_(_EMA_MOMENTUM).add_(new)
-        can_measure = (self.w_loc == 0) & (sums.loc_balanced >= _MIN_BALANCED_SHARE * sums.loc)
-        # NaN sums (diverged deltas) and sums of 0 (no positives) compare as "can't measure".
-        can_measure &= (sums.loc_balanced > 0) & torch.isfinite(sums.loc)
-        self.w_loc.copy_(torch.where(can_measure, sums.loc / sums.loc_balanced, self.w_loc))
+        self.loc_weight.update(sums.loc, sums.loc_balanced)
 
     def _cls_weights(
         self, iou: Tensor, cls_loss: Tensor, positives: Positives, sums: _Sums
     ) -> Tensor:
         """Eq. 2 within the scope asked for, (P,)."""
         if self.cls_norm_scope == "global":
-            scale = cls_scale(sums.cls_balanced, sums.cls).to(iou.dtype)
-            return apply_cls_scale(iou**self.cls_eta, scale)
+            scale = sum_keeping_scale(sums.cls_balanced, sums.cls)
+            return apply_cls_scale(iou.double() ** self.cls_eta, scale).to(iou.dtype)
         group = {"batch": None, "level": positives.level, "image": positives.image}
         return iou_balanced_cls_weights(
             iou, cls_loss, eta=self.cls_eta, group=group[self.cls_norm_scope]
         )
 
-    def _loc_weights(self, iou: Tensor) -> Tensor:
-        """Eq. 4, (P,); 1 for all while w_loc is not known yet."""
-        w_loc = self.w_loc.to(iou.dtype)
-        weights = iou_balanced_loc_weights(iou, lambda_=self.loc_lambda, w_loc=w_loc)
-        return torch.where(w_loc > 0, weights, torch.ones_like(weights))
-
     def _normalizer(self, sums: _Sums) -> Tensor:
         return self.loss_normalizer if self.normalizer == "ema" else sums.num_pos.clamp(min=1)
 
     def _log(self, sums: _Sums, *, num_images: int, num_pos: int) -> None:
-        """Write the scalars named after the keys, and tell the measured w_loc once."""
-        if not self._told_w_loc and self.w_loc > 0:
-            self._told_w_loc = True
-            logger.info(f"w_loc measured: {float(self.w_loc):.4f} (kept from now on)")
+        """Write the scalars named after the keys, as often as detectron2's writers print."""
         if not has_event_storage():
             return
         storage = get_event_storage()
         storage.put_scalar("num_pos_anchors", num_pos / num_images)
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
-            mean_iou, scale = (sums.iou / sums.num_pos, sums.cls / sums.cls_balanced)
-            storage.put_scalar("iou_balanced/mean_pos_iou", mean_iou)
-            storage.put_scalar("iou_balanced/cls_scale", scale)
-            storage.put_scalar("iou_balanced/w_loc", self.w_loc)
+            mean_weight = self.loc_weight.mean_weight(sums.loc, sums.loc_balanced)
+            scalars = {
+                "mean_pos_iou": sums.iou / sums.num_pos,
+                "cls_scale": sums.cls / sums.cls_balanced,
+                "w_loc": self.loc_weight.w_loc,
+                "loc_mean_weight": mean_weight,
+            }
+            for name, value in scalars.items():
+                storage.put_scalar(f"iou_balanced/{name}", value)
 
-    def training_state(self) -> dict[str, Tensor]:
+    def training_state(self) -> dict[str, Any]:
         """The measured w_loc and the normaliser's average, for a checkpoint."""
-        return {"w_loc": self.w_loc.clone(), "loss_normalizer": self.loss_normalizer.clone()}
+        return {
+            "loss_normalizer": self.loss_normalizer.clone(),
+            "loc_weight": self.loc_weight.training_state(),
+        }
 
     @torch.no_grad()
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint; a w_loc set by the user (not 0) stays as set."""
         self.loss_normalizer.copy_(state["loss_normalizer"])
-        if self.loc_weight == 0:
-            self.w_loc.copy_(state["w_loc"])
-            self._told_w_loc = bool(self.w_loc > 0)
+        self.loc_weight.load_training_state(state["loc_weight"])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

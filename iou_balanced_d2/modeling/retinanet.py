@@ -26,16 +26,20 @@ class IoUBalancedRetinaNet(RetinaNet):
         cls_norm_scope: str = "batch",
         loc_lambda: float = 1.5,
         loc_weight: float = 0.0,
+        loc_weight_rule: str = "first",
+        warmup_iters: int = 1000,
         normalizer: str = "ema",
         **retinanet: Any,
     ):
         """Build RetinaNet and its losses.
 
         Args:
-            cls_eta: see :class:`IoUBalancedLoss`, as the next four.
+            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
             cls_norm_scope: "batch", "level", "image" or "global".
             loc_lambda: power of the box loss's weights.
             loc_weight: w_loc, 0 to measure it.
+            loc_weight_rule: how to measure it.
+            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
             normalizer: "ema" or "batch".
             retinanet: the arguments of :class:`detectron2.modeling.RetinaNet`.
         """
@@ -51,6 +55,8 @@ class IoUBalancedRetinaNet(RetinaNet):
             cls_norm_scope=cls_norm_scope,
             loc_lambda=loc_lambda,
             loc_weight=loc_weight,
+            loc_weight_rule=loc_weight_rule,
+            warmup_iters=warmup_iters,
             normalizer=normalizer,
         )
 

@@ -53,7 +53,7 @@ def test_train_resume_and_evaluate(tmp_path, config):
     assert out.count("w_loc measured") == 1
     assert "AP,AP50,AP75" in out
     first = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
-    assert first["iou_balanced"]["losses"][0]["w_loc"] > 1
+    assert first["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"] > 1
     assert first["iteration"] == 3
 
     code, out, err = run("--config-file", config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_train_resume_and_evaluate(tmp_path, config):
     assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
     second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
-    assert states[1]["w_loc"] == states[0]["w_loc"]
+    assert states[1]["loc_weight"] == states[0]["loc_weight"]
     # Each image has positives, so two more steps have moved the average of the normaliser on.
     assert states[1]["loss_normalizer"] != states[0]["loss_normalizer"]
 

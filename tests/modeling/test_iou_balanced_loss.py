@@ -74,7 +74,7 @@ def test_losses_are_the_equations(scope, eta, lambda_, w_loc):
     )  # fmt: skip
     np.testing.assert_allclose(losses["loss_cls"].item(), cls, rtol=1e-5)
     np.testing.assert_allclose(losses["loss_box_reg"].item(), box, rtol=1e-5)
-    np.testing.assert_allclose(module.w_loc.item(), expected_w_loc, rtol=1e-5)
+    np.testing.assert_allclose(module.loc_weight.w_loc.item(), expected_w_loc, rtol=1e-5)
 
 
 def constant_weight_loss(arrays, logits, deltas, w_loc):
@@ -120,13 +120,13 @@ def test_w_loc_is_measured_once_and_kept(caplog):
     module = make_loss(normalizer="batch")
     with caplog.at_level(logging.INFO, logger="iou_balanced_d2"):
         module(*make_batch(seed=0))
-        first = module.w_loc.item()
+        first = module.loc_weight.w_loc.item()
         module(*make_batch(seed=1))
-    assert module.w_loc.item() == first > 1
+    assert module.loc_weight.w_loc.item() == first > 1
     assert caplog.text.count("w_loc measured") == 1
     fixed = make_loss(loc_weight=2.0)
     fixed(*make_batch(seed=0))
-    assert fixed.w_loc.item() == 2.0
+    assert fixed.loc_weight.w_loc.item() == 2.0
 
 
 def test_w_loc_waits_for_positives_and_for_boxes_that_overlap():
@@ -134,27 +134,28 @@ def test_w_loc_waits_for_positives_and_for_boxes_that_overlap():
     anchors, logits, labels, deltas, gt = make_batch()
     background = [torch.full_like(x, K) for x in labels]
     losses = module(anchors, logits, background, deltas, gt)
-    assert module.w_loc == 0
+    assert module.loc_weight.w_loc == 0
     assert losses["loss_box_reg"] == 0
     far = [box + 1000 for box in gt]
     losses = module(anchors, logits, labels, deltas, far)
-    assert module.w_loc == 0
+    assert module.loc_weight.w_loc == 0
     plain = make_loss(normalizer="batch", loc_lambda=0.0, cls_eta=0.0)
     expected = plain(anchors, logits, labels, deltas, far)
     torch.testing.assert_close(losses["loss_box_reg"], expected["loss_box_reg"])
     torch.testing.assert_close(losses["loss_cls"], expected["loss_cls"])
     module(anchors, logits, labels, deltas, gt)
-    assert module.w_loc > 1
+    assert module.loc_weight.w_loc > 1
 
 
 def test_state_stands_still_without_gradients_and_is_resumed():
     module = make_loss()
     with torch.no_grad():
         module(*make_batch())
-    assert module.training_state() == {"w_loc": 0.0, "loss_normalizer": 100.0}
+    assert module.loc_weight.w_loc == 0
+    assert module.loss_normalizer == 100
     module(*make_batch())
     state = module.training_state()
-    assert state["w_loc"] > 1
+    assert state["loc_weight"]["w_loc"] > 1
     assert state["loss_normalizer"] != 100
     resumed = make_loss()
     resumed.load_training_state(state)
@@ -162,7 +163,7 @@ def test_state_stands_still_without_gradients_and_is_resumed():
     assert len(module.state_dict()) == 0, "training state is no weight"
     fixed = make_loss(loc_weight=2.0)
     fixed.load_training_state(state)
-    assert fixed.w_loc == 2.0, "a value the user sets holds also over a resume"
+    assert fixed.loc_weight.w_loc == 2.0, "a value the user sets holds also over a resume"
 
 
 def test_normalizer_is_detectron2s_moving_average():
@@ -186,16 +187,18 @@ def test_without_positives_every_prediction_gets_a_finite_gradient(scope):
     assert all(torch.isfinite(x.grad).all() for x in (*logits, *deltas))
 
 
-def test_diverged_deltas_leave_the_other_loss_and_the_state_alone():
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_diverged_deltas_leave_the_other_loss_and_the_state_alone(box_loss, value):
     anchors, logits, labels, deltas, gt = make_batch()
     broken = [d.detach().clone() for d in deltas]
     for d in broken:
-        d[0] = float("nan")
-    module = make_loss()
+        d[0] = value
+    module = make_loss(box_reg_loss_type=box_loss)
     losses = module(anchors, logits, labels, [d.requires_grad_() for d in broken], gt)
-    assert torch.isnan(losses["loss_box_reg"]), "reported under its own name"
+    assert not torch.isfinite(losses["loss_box_reg"]), "reported under its own name"
     assert torch.isfinite(losses["loss_cls"])
-    assert module.w_loc == 0
+    assert module.loc_weight.w_loc == 0
     assert torch.isfinite(module.loss_normalizer)
 
 

@@ -106,10 +106,10 @@ def test_hyper_parameters_come_from_the_config_under_the_same_name():
         "MODEL.IOU_BALANCED.CLS_ETA", 0.7, "MODEL.IOU_BALANCED.LOC_WEIGHT", 3.049,
         "MODEL.IOU_BALANCED.NORMALIZER", "batch", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.2,
     ).iou_balanced_loss  # fmt: skip
-    assert (loss.cls_eta, loss.loc_weight, loss.normalizer) == (0.7, 3.049, "batch")
+    assert (loss.cls_eta, loss.loc_weight.w_loc, loss.normalizer) == (0.7, 3.049, "batch")
     assert (loss.loc_lambda, loss.cls_norm_scope, loss.smooth_l1_beta) == (1.5, "batch", 0.2)
     keys = {key.lower() for key in toy_config().MODEL.IOU_BALANCED}
-    assert all(hasattr(loss, key) for key in keys)
+    assert all(hasattr(loss, key) or hasattr(loss.loc_weight, key) for key in keys)
 
 
 def test_model_can_be_scripted():

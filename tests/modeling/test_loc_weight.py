@@ -1,0 +1,88 @@
+"""The rules by which w_loc is measured, each against sums taken by NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from ..losses import numpy_oracle as oracle
+from .test_iou_balanced_loss import K, make_batch, make_loss, to_numpy
+
+LAMBDA = 1.5
+
+
+def sums_of(batch, at_anchors=False):
+    """(sum of the plain box loss, sum of iou^lambda * loss) of a batch."""
+    anchors, _, labels, deltas, gt = to_numpy(batch)
+    flat, d = np.concatenate(anchors), np.concatenate(deltas, axis=1)
+    plain = balanced = 0.0
+    for n, r in np.argwhere((labels >= 0) & (labels < K)):
+        delta = np.zeros(4) if at_anchors else d[n, r]
+        loss = oracle.loc_loss([delta], [oracle.encode(gt[n, r], flat[r])], 0.11)[0]
+        iou = oracle.box_iou(oracle.decode(delta, flat[r]), gt[n, r])
+        plain += loss
+        balanced += iou**LAMBDA * loss
+    return plain, balanced
+
+
+def w_loc_over_steps(rule, seeds, **kwargs):
+    module = make_loss(loc_weight_rule=rule, **kwargs)
+    values = []
+    for seed in seeds:
+        module(*make_batch(seed))
+        values.append(module.loc_weight.w_loc.item())
+    return values
+
+
+def ratio(*sums):
+    return sum(s[0] for s in sums) / sum(s[1] for s in sums)
+
+
+def test_each_rule_over_three_steps():
+    sums = [sums_of(make_batch(seed)) for seed in range(3)]
+    at_anchors = sums_of(make_batch(0), at_anchors=True)
+    expected = {
+        "first": [ratio(sums[0])] * 3,
+        "anchors": [ratio(at_anchors)] * 3,
+        "warmup": [ratio(sums[0]), ratio(*sums[:2]), ratio(*sums[:2])],
+        "running": [ratio(s) for s in sums],
+    }
+    for rule, values in expected.items():
+        got = w_loc_over_steps(rule, range(3), warmup_iters=2)
+        np.testing.assert_allclose(got, values, rtol=1e-5, err_msg=rule)
+
+
+def test_running_keeps_the_sum_of_the_box_loss_at_every_step():
+    running = make_loss(loc_weight_rule="running", normalizer="batch")
+    plain = make_loss(loc_lambda=0.0, normalizer="batch")
+    for seed in range(3):
+        got, expected = (m(*make_batch(seed))["loss_box_reg"] for m in (running, plain))
+        torch.testing.assert_close(got, expected)
+
+
+def test_running_is_plain_where_no_box_overlaps():
+    module = make_loss(loc_weight_rule="running", normalizer="batch")
+    plain = make_loss(loc_lambda=0.0, normalizer="batch")
+    module(*make_batch())
+    anchors, logits, labels, deltas, gt = make_batch()
+    far = [box + 1000 for box in gt]
+    got, expected = (m(anchors, logits, labels, deltas, far) for m in (module, plain))
+    torch.testing.assert_close(got["loss_box_reg"], expected["loss_box_reg"])
+
+
+@pytest.mark.parametrize("rule", ["first", "anchors", "warmup", "running"])
+def test_state_of_each_rule_is_resumed_in_the_middle(rule):
+    module = make_loss(loc_weight_rule=rule, warmup_iters=3)
+    module(*make_batch(0))
+    resumed = make_loss(loc_weight_rule=rule, warmup_iters=3)
+    resumed.load_training_state(module.training_state())
+    for seed in (1, 2, 3):
+        torch.testing.assert_close(resumed(*make_batch(seed)), module(*make_batch(seed)))
+        assert resumed.loc_weight.w_loc == module.loc_weight.w_loc
+
+
+def test_loc_mean_weight_is_what_the_box_loss_weighs():
+    module = make_loss(loc_weight=3.049, normalizer="batch")
+    plain = make_loss(loc_lambda=0.0, normalizer="batch")
+    got, expected = (m(*make_batch())["loss_box_reg"].item() for m in (module, plain))
+    mean_weight = module.loc_weight.mean_weight(*map(torch.tensor, sums_of(make_batch())))
+    np.testing.assert_allclose(mean_weight.item(), got / expected, rtol=1e-5)

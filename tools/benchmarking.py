@@ -1,0 +1,100 @@
+"""Side-by-side measurement of time and memory, shared by the benchmark scripts."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+Step = Callable[[], Any]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Step, device: str) -> float:
+    """Wall-clock seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, in turns, so that a busy machine slows all of them alike.
+
+    Returns:
+        name -> seconds of each of the ``repeats`` rounds, after one round that is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(repeats + 1):
+        for name, step in steps.items():
+            value = seconds_of(step, device)
+            if round_ > 0:
+                seconds[name].append(value)
+    return seconds
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """Median over rounds of a / b within a round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def peak_extra_bytes(step: Step, device: str) -> int:
+    """Memory that a step takes at its peak beyond what is held before it.
+
+    On the CPU this is the process's resident memory: call it in a process of its own, as memory
+    freed before is not always given back to the system.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before = _status_bytes("VmRSS")
+    step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    return {
+        "device": device,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+def report(title: str, rows: list[dict[str, Any]], device: str, output: str | None) -> None:
+    """Print the rows as a table; write them, with the machine, as JSON."""
+    print(f"\n{title}")
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g", missingval="-"))
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        content = {"title": title, "machine": machine(device), "rows": rows}
+        Path(output).write_text(json.dumps(content, indent=1) + "\n")
+        print(f"written to {output}")
