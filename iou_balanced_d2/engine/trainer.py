@@ -31,8 +31,8 @@ class LossState:
         return {"losses": [loss.training_state() for loss in self.losses]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave."""
-        for loss, loss_state in zip(self.losses, state["losses"], strict=True):
+        """Load what :meth:`state_dict` gave; a plain detector's checkpoint has nothing to load."""
+        for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
             loss.load_training_state(loss_state)
 
 

@@ -11,7 +11,7 @@ from detectron2.layers import ciou_loss, diou_loss
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
@@ -118,7 +118,10 @@ class IoUBalancedLoss(nn.Module):
         self.loc_lambda = loc_lambda
         self.normalizer = normalizer
         self.loc_weight = LocWeight(
-            loc_weight=loc_weight, loc_weight_rule=loc_weight_rule, warmup_iters=warmup_iters
+            # With lambda 0 there is nothing to make up for, nor to measure.
+            loc_weight=loc_weight or float(loc_lambda == 0),
+            loc_weight_rule=loc_weight_rule,
+            warmup_iters=warmup_iters,
         )
         self.register_buffer("loss_normalizer", torch.tensor(_EMA_START).double(), False)
 
@@ -262,9 +265,9 @@ class IoUBalancedLoss(nn.Module):
 
     def _log(self, sums: _Sums, *, num_images: int, num_pos: int) -> None:
         """Write the scalars named after the keys, as often as detectron2's writers print."""
-        if not has_event_storage():
+        storage = _event_storage()
+        if storage is None:
             return
-        storage = get_event_storage()
         storage.put_scalar("num_pos_anchors", num_pos / num_images)
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
             mean_weight = self.loc_weight.mean_weight(sums.loc, sums.loc_balanced)
@@ -294,6 +297,14 @@ class IoUBalancedLoss(nn.Module):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _event_storage() -> EventStorage | None:
+    """detectron2's storage of scalars, None outside of a training loop."""
+    try:
+        return get_event_storage()
+    except AssertionError:  # detectron2 0.6 has no other way to ask
+        return None
 
 
 def _mean_over_processes(sums: _Sums) -> _Sums:

@@ -12,6 +12,8 @@ LOC_WEIGHT_RULES = ("first", "anchors", "warmup", "running")
 # Below this share of the plain loss the boxes hardly overlap their ground truth yet (FCOS starts
 # at IoU 0), and a w_loc measured there would be over 10 and blow up the loss of later steps.
 _MIN_BALANCED_SHARE = 0.1
+# Heads that start at noise (with normalisation layers) gave 5.5 and more, and a worse detector.
+_LARGE_W_LOC = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,13 @@ class LocWeight(nn.Module):
             ("w_loc", loc_weight), ("loc_sum", 0.0), ("loc_balanced_sum", 0.0), ("steps", 0.0)
         ):  # fmt: skip
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=False)
-        self._told = loc_weight > 0
+        # Whether w_loc is settled, and nothing is left to measure.
+        self._settled = loc_weight > 0
 
     @property
     def measures_anchors(self) -> bool:
         """Whether the next step's sums are to be taken at the anchors instead of the boxes."""
-        return self.loc_weight_rule == "anchors" and not self._told
+        return self.loc_weight_rule == "anchors" and not self._settled
 
     @torch.no_grad()
     def update(self, loc_sum: Tensor, loc_balanced_sum: Tensor) -> None:
@@ -68,7 +71,7 @@ class LocWeight(nn.Module):
                 (or its mean over processes).
             loc_balanced_sum: the same of iou^lambda * loss.
         """
-        if self.loc_weight > 0:
+        if self._settled:
             return
         # NaN sums (diverged deltas) and sums of 0 (no positives) compare as "can't measure".
         usable = (loc_balanced_sum > 0) & torch.isfinite(loc_sum)
@@ -86,10 +89,17 @@ class LocWeight(nn.Module):
     def _tell(self) -> None:
         """Log the value once it is settled; the host waits for the device until then only."""
         self._num_updates += 1
-        if self._told or self._num_updates < self._num_steps or self.steps < self._num_steps:
+        if self._num_updates < self._num_steps or self.steps < self._num_steps:
             return
-        self._told = True
+        self._settled = True
         logger.info(f"w_loc measured: {float(self.w_loc):.4f} (kept from now on)")
+        if self.w_loc > _LARGE_W_LOC:
+            logger.warning(
+                "This w_loc is far above the paper's 2.3 to 3.0, as the first boxes are bad. Once "
+                "they are good the box loss will weigh several times the plain one "
+                "(iou_balanced/loc_mean_weight). Consider MODEL.IOU_BALANCED.LOC_WEIGHT 2.0, or "
+                "another LOC_WEIGHT_RULE"
+            )
 
     def weights(self, iou: Tensor, lambda_: float) -> Tensor:
         """Eq. 4, (P,) without gradient; 1 for all positives while w_loc is not known yet."""
@@ -113,4 +123,4 @@ class LocWeight(nn.Module):
         for name, buffer in self.named_buffers():
             buffer.copy_(state[name])
         self._num_updates = int(self.steps)
-        self._told = self._num_updates >= self._num_steps
+        self._settled = self._num_updates >= self._num_steps

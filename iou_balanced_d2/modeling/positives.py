@@ -13,25 +13,28 @@ class Positives(NamedTuple):
 
     Attributes:
         targets: L entries, the positives and ignored rows of each level's (N * R_l, K) logits.
-        level: (P,) int64, pyramid level of each positive.
         image: (P,) int64, image of each positive.
         blocks: L x N numbers of positives on the host, ``blocks[level][image]``.
     """
 
     targets: list[FocalTargets]
-    level: Tensor
     image: Tensor
     blocks: list[list[int]]
 
     @property
     def num(self) -> int:
         """P, known without asking the device."""
-        return sum(map(sum, self.blocks))
+        return sum(self.per_level)
 
     @property
     def per_level(self) -> list[int]:
         """Number of positives on each of the L levels."""
         return [sum(block) for block in self.blocks]
+
+    @property
+    def level(self) -> Tensor:
+        """Pyramid level of each positive, (P,) int64."""
+        return torch.cat([torch.full_like(t.rows, i) for i, t in enumerate(self.targets)])
 
 
 def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes: int) -> Positives:
@@ -44,23 +47,27 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
         num_classes: K.
 
     Returns:
-        the positives; reading their number is the one time the host waits for the device.
+        the positives. Counting and indexing them is where the host waits for the device, once.
     """
-    labels = torch.stack(gt_labels)  # (N, R)
-    is_positive = (labels >= 0) & (labels != num_classes)
-    blocks = torch.stack([x.sum(dim=1) for x in is_positive.split(level_sizes, dim=1)]).tolist()
-    targets, images = [], []
-    for level_labels, positive in zip(
-        labels.split(level_sizes, dim=1), is_positive.split(level_sizes, dim=1), strict=True
-    ):
-        image, anchor = positive.nonzero(as_tuple=True)
-        ignored_image, ignored_anchor = (level_labels < 0).nonzero(as_tuple=True)
-        size = level_labels.shape[1]
-        rows, ignored = image * size + anchor, ignored_image * size + ignored_anchor
-        targets.append(FocalTargets(rows, level_labels[image, anchor], ignored))
-        images.append(image)
-    level = torch.cat([torch.full_like(image, i) for i, image in enumerate(images)])
-    return Positives(targets, level, torch.cat(images), blocks)
+    levels = torch.stack(gt_labels).split(level_sizes, dim=1)  # L of (N, R_l)
+    labels = torch.cat([x.reshape(-1) for x in levels])  # level by level, (N * R,)
+    is_positive, is_ignored = (labels >= 0) & (labels != num_classes), labels < 0
+    level_rows = [len(gt_labels) * size for size in level_sizes]
+    blocks = (
+        torch.stack([x.view(len(gt_labels), -1).sum(dim=1) for x in mask.split(level_rows)])
+        for mask in (is_positive, is_ignored)
+    )
+    counts = torch.stack([*blocks]).tolist()  # 2 x L x N
+    positive, ignored = (
+        mask.nonzero().squeeze(1).split([sum(block) for block in blocks])
+        for mask, blocks in zip((is_positive, is_ignored), counts, strict=True)
+    )
+    targets, images, start = [], [], 0
+    for size, num_rows, p, i in zip(level_sizes, level_rows, positive, ignored, strict=True):
+        targets.append(FocalTargets(p - start, labels[p], i - start))
+        images.append((p - start) // max(size, 1))
+        start += num_rows
+    return Positives(targets, torch.cat(images), counts[0])
 
 
 def gather_rows(levels: list[Tensor], positives: Positives) -> Tensor:

@@ -33,3 +33,9 @@ def test_loss_state_goes_from_model_to_model():
     assert LossState(toy_model("MODEL.META_ARCHITECTURE", "RetinaNet")).state_dict() == {
         "losses": []
     }
+
+
+def test_a_plain_detectors_checkpoint_leaves_the_state_fresh():
+    model = toy_model()
+    LossState(model).load_state_dict({"losses": []})
+    assert model.iou_balanced_loss.loss_normalizer == 100

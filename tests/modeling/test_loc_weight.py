@@ -1,5 +1,7 @@
 """The rules by which w_loc is measured, each against sums taken by NumPy."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_state_of_each_rule_is_resumed_in_the_middle(rule):
     for seed in (1, 2, 3):
         torch.testing.assert_close(resumed(*make_batch(seed)), module(*make_batch(seed)))
         assert resumed.loc_weight.w_loc == module.loc_weight.w_loc
+
+
+@pytest.mark.parametrize(("spread", "warned"), [(0.3, False), (1.2, True)])
+def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
+    module = make_loss()
+    with caplog.at_level(logging.INFO, logger="iou_balanced_d2"):
+        module(*make_batch(spread=spread))
+    assert "w_loc measured" in caplog.text
+    assert (
+        ("far above the paper's" in caplog.text) == warned == (module.loc_weight.w_loc > 5).item()
+    )
 
 
 def test_loc_mean_weight_is_what_the_box_loss_weighs():
