@@ -20,7 +20,7 @@ help:
 	@echo "make test       the tests, but for the slow ones"
 	@echo "make test-slow  the slow ones"
 	@echo "make lint       ruff and mypy; 'make format' rewrites the files"
-	@echo "make bench      time and memory of the losses"
+	@echo "make bench      time and memory of the losses and of a step, beside detectron2's"
 	@echo "make clean      remove what was built; 'make distclean' removes $(VENV) too"
 
 setup:
@@ -47,7 +47,8 @@ demo: setup
 	$(BIN)/python tools/visualize_results.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml --output output/demo/pictures
 
 bench: setup
-	$(BIN)/python tools/benchmark.py $(ARGS)
+	$(BIN)/python tools/benchmark_losses.py --output output/benchmark_losses.json $(ARGS)
+	$(BIN)/python tools/benchmark_step.py --output output/benchmark_step.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

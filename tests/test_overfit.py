@@ -1,5 +1,7 @@
 """A toy training from scratch: the detector learns 8 drawn images by heart."""
 
+import pytest
+
 from iou_balanced_d2.data.demo import DemoSpec, ensure_demo_datasets
 from iou_balanced_d2.model_zoo import get_config_file
 
@@ -22,5 +24,17 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     config = get_config_file("Demo/retinanet_demo_iou_balanced.yaml")
     words = [str(word) for pair in options.items() for word in pair]
     code, out, err = run("--config-file", config, *words, cwd=tmp_path)
+    assert code == 0, (out + err)[-3000:]
+    assert "Results verification passed" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_demo_learns_what_it_promises(tmp_path, seed):
+    """AP50 >= 60 and AP75 >= 25 on images not trained on, whatever the seed."""
+    config = get_config_file("Demo/retinanet_demo_iou_balanced.yaml")
+    expected = [["bbox", "AP50", 80.0, 20.0], ["bbox", "AP75", 62.5, 37.5]]
+    words = ["SEED", seed, "OUTPUT_DIR", "out", "TEST.EXPECTED_RESULTS", expected]
+    code, out, err = run("--config-file", config, *words, cwd=tmp_path, timeout=900)
     assert code == 0, (out + err)[-3000:]
     assert "Results verification passed" in out

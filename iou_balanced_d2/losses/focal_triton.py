@@ -18,24 +18,30 @@ _BLOCK = 2048
 def _softplus(x):  # type: ignore[no-untyped-def]
     """log(1 + exp(x)), without overflow and without losing small results."""
     e = tl.exp(-tl.abs(x))
-    # log(1 + e) is 0 in float32 for e < 6e-8; the series is exact to float32 here.
-    log1p = tl.where(e < 1e-3, e * (1.0 - 0.5 * e), tl.log(1.0 + e))
+    # log(u) alone would lose the digits of e that rounding takes from u; e / (u - 1) restores them.
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.maximum(u - 1.0, 1e-30)))
     return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
-def _load(logits, row_class, row_weight, offsets, size, alpha, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits of a block, mirrored where the target is 1 (see focal.py), and their factors."""
+def _load(logits, row_class, row_weight, size, alpha, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block's logits, mirrored where the target is 1 (see focal.py), with sign and factor."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
     mask = offsets < size
     x = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
-    row = offsets // K
+    # Row and class of each logit; only a block's first row needs 64 bits to be found.
+    first_row = start // K
+    within = (start - first_row * K).to(tl.int32) + tl.arange(0, BLOCK)
+    row = first_row + within // K
     label = tl.load(row_class + row, mask=mask, other=-1)
-    positive = label == (offsets - row * K)
+    positive = label == within % K
     weight = tl.load(row_weight + row, mask=mask & positive, other=0.0)
     sign = tl.where(positive, -1.0, 1.0)
     factor = tl.where(positive, alpha * weight, 1.0 - alpha)
     factor = tl.where(label < 0, 0.0, factor)
-    return x * sign, sign, factor, mask
+    return x * sign, sign, factor, offsets, mask
 
 
 @triton.jit
@@ -50,13 +56,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    offsets = block * BLOCK + tl.arange(0, BLOCK)
-    x, _, factor, _ = _load(logits, row_class, row_weight, offsets, size, alpha, K)
+    x, _, factor, _, _ = _load(logits, row_class, row_weight, size, alpha, K, BLOCK)
     s = _softplus(x)
     # p^gamma from -log(p) = s - x, p being the sigmoid of the (mirrored) logit.
     loss = factor * tl.exp(-gamma * (s - x)) * s
-    tl.store(partial_sums + block, tl.sum(loss, axis=0))
+    tl.store(partial_sums + tl.program_id(0), tl.sum(loss, axis=0))
 
 
 @triton.jit
@@ -72,9 +76,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    offsets = block * BLOCK + tl.arange(0, BLOCK)
-    x, sign, factor, mask = _load(logits, row_class, row_weight, offsets, size, alpha, K)
+    x, sign, factor, offsets, mask = _load(logits, row_class, row_weight, size, alpha, K, BLOCK)
     s = _softplus(x)
     p = tl.exp(x - s)
     slope = gamma * (1.0 - p) * s + p
@@ -82,7 +84,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad + offsets, value * tl.load(grad_output), mask=mask)
 
 
-def _rows(logits: Tensor, rows: Tensor, classes: Tensor, ignored: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]
+def _rows(
+    logits: Tensor, rows: Tensor, classes: Tensor, ignored: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Class (M,) int32 of each row, K for background and -1 for ignored, and weight (M,)."""
     num_rows, num_classes = logits.shape
     row_class = torch.full((num_rows,), num_classes, dtype=torch.int32, device=logits.device)

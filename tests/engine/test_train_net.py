@@ -13,11 +13,13 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(*args, cwd):
+def run(*args, cwd, timeout=300):
     """Run train_net.py; return (exit code, stdout, stderr)."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "train_net.py"), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
     return done.returncode, done.stdout, done.stderr
 
 
