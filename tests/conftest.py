@@ -1,11 +1,15 @@
 """Fixtures shared by the tests."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +35,28 @@ def own_data(tmp_path):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     return str(tmp_path / "annotations.json"), str(tmp_path / "images")
+
+
+@pytest.fixture
+def own_config(tmp_path, own_data):
+    """A config of a user's own: toy model, own data, paths relative to the folder run in."""
+    entry = [str(Path(path).relative_to(tmp_path)) for path in own_data]
+    content = {
+        "_BASE_": str(ROOT / "configs/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml"),
+        "MODEL": {
+            "WEIGHTS": "",
+            "BACKBONE": {"FREEZE_AT": 0},
+            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
+            "FPN": {"OUT_CHANNELS": 16},
+            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1},
+        },
+        "DATASETS": {"COCO_JSON": [["own", *entry]], "TRAIN": ["own"], "TEST": ["own"]},
+        "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
+        "DATALOADER": {"NUM_WORKERS": 0},
+        "SOLVER": {"IMS_PER_BATCH": 2, "REFERENCE_WORLD_SIZE": 0, "MAX_ITER": 4, "STEPS": [3]},
+        "SEED": 1,
+        "OUTPUT_DIR": "out",
+    }
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -5,7 +5,7 @@ import pytest
 from iou_balanced_d2.data.demo import DemoSpec, ensure_demo_datasets
 from iou_balanced_d2.model_zoo import get_config_file
 
-from .engine.test_train_net import run
+from .command import run
 
 
 def test_eight_images_are_learnt_by_heart(tmp_path):

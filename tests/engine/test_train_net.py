@@ -1,55 +1,16 @@
 """train_net.py as a user runs it: train, resume, evaluate, and every mistake in one line."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-ROOT = Path(__file__).parent.parent.parent
-
-
-def run(*args, cwd, timeout=300):
-    """Run train_net.py; return (exit code, stdout, stderr)."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "train_net.py"), *map(str, args)]
-    done = subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    return done.returncode, done.stdout, done.stderr
+from ..command import forget_own_data, run
 
 
-@pytest.fixture
-def config(tmp_path, own_data):
-    """A config of a user's own: toy model, own data, paths relative to the folder run in."""
-    entry = [str(Path(path).relative_to(tmp_path)) for path in own_data]
-    content = {
-        "_BASE_": str(ROOT / "configs/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml"),
-        "MODEL": {
-            "WEIGHTS": "",
-            "BACKBONE": {"FREEZE_AT": 0},
-            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
-            "FPN": {"OUT_CHANNELS": 16},
-            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1},
-        },
-        "DATASETS": {"COCO_JSON": [["own", *entry]], "TRAIN": ["own"], "TEST": ["own"]},
-        "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
-        "DATALOADER": {"NUM_WORKERS": 0},
-        "SOLVER": {"IMS_PER_BATCH": 2, "REFERENCE_WORLD_SIZE": 0, "MAX_ITER": 4, "STEPS": [3]},
-        "SEED": 1,
-        "OUTPUT_DIR": "out",
-    }
-    path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def test_train_resume_and_evaluate(tmp_path, config):
-    code, out, err = run("--config-file", config, cwd=tmp_path)
+def test_train_resume_and_evaluate(tmp_path, own_config):
+    code, out, err = run("--config-file", own_config, cwd=tmp_path)
     assert code == 0, err
     assert "Running on the CPU" in out
     assert out.count("w_loc measured") == 1
@@ -58,7 +19,9 @@ def test_train_resume_and_evaluate(tmp_path, config):
     assert first["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"] > 1
     assert first["iteration"] == 3
 
-    code, out, err = run("--config-file", config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path)
+    code, out, err = run(
+        "--config-file", own_config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path
+    )
     assert code == 0, err
     assert "Starting training from iteration 4" in out
     assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
@@ -71,7 +34,7 @@ def test_train_resume_and_evaluate(tmp_path, config):
     for source in (["--resume"], []):
         weights = [] if source else ["MODEL.WEIGHTS", "out/model_final.pth"]
         code, out, err = run(
-            "--config-file", config, "--eval-only", *source, *weights, cwd=tmp_path
+            "--config-file", own_config, "--eval-only", *source, *weights, cwd=tmp_path
         )
         assert code == 0, err
         assert "AP,AP50,AP75" in out
@@ -81,7 +44,9 @@ def test_train_resume_and_evaluate(tmp_path, config):
     )
 
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.1]]"]
-    code, out, _ = run("--config-file", config, "--eval-only", "--resume", *expected, cwd=tmp_path)
+    code, out, _ = run(
+        "--config-file", own_config, "--eval-only", "--resume", *expected, cwd=tmp_path
+    )
     assert code == 1
     assert "Result verification failed" in out
 
@@ -174,13 +139,15 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, config, case, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, own_config, case, monkeypatch, capsys):
     """In this process, as each start of Python with torch takes seconds; one case runs for real."""
     import train_net
 
     options, spoil, expected = BAD_INPUT[case]
     flags = (
-        options if options[:1] == ["--config-file"] else ["--config-file", str(config), *options]
+        options
+        if options[:1] == ["--config-file"]
+        else ["--config-file", str(own_config), *options]
     )
     if spoil:
         spoil(tmp_path)
@@ -196,17 +163,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, config, case, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def forget_own_data():
-    """The catalogs live as long as the process; the user's run starts with fresh ones."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    if "own" in DatasetCatalog:
-        DatasetCatalog.remove("own")
-        MetadataCatalog.remove("own")
-
-
-def test_bad_input_ends_the_process_with_code_2(tmp_path, config):
-    code, out, err = run("--config-file", config, "SEED", "1", "--num-gpus", "4", cwd=tmp_path)
+def test_bad_input_ends_the_process_with_code_2(tmp_path, own_config):
+    code, out, err = run("--config-file", own_config, "SEED", "1", "--num-gpus", "4", cwd=tmp_path)
     assert code == 2
     assert "error: --num-gpus must stand before the KEY VALUE options" in err.splitlines()[-1]
     assert out == ""
