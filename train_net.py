@@ -15,17 +15,21 @@ def run() -> int:
     try:
         args = parse_arguments()
         cfg = prepare(args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(cfg, args),
+        )
     except UserError as error:
-        print(f"train_net.py: error: {error}", file=sys.stderr)
+        # From a data loader's worker the message comes with the worker's traceback before it.
+        message = (
+            str(error).strip().splitlines()[-1].removeprefix("iou_balanced_d2.errors.UserError: ")
+        )
+        print(f"train_net.py: error: {message}", file=sys.stderr)
         return 2
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
     return 0
 
 

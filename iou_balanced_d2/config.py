@@ -34,6 +34,21 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     # under that name, for DATASETS.TRAIN and DATASETS.TEST. Paths are relative to the folder the
     # command is run in.
     cfg.DATASETS.COCO_JSON = ()
+    # The same for folders of PASCAL VOC's layout, each [name, folder, split] or [name, folder,
+    # split, list of class names]; without a list the classes are the sorted names found in all of
+    # the folder's annotations.
+    cfg.DATASETS.VOC_FOLDER = ()
+    # VOC's objects marked difficult: "ignore" = no part in training, and in evaluation neither
+    # right nor wrong, VOC's own rule; "count" = like any other object; "drop" = as if they were
+    # not annotated.
+    cfg.DATASETS.VOC_DIFFICULT = "ignore"
+
+    # The evaluation's result of which the best checkpoint is kept, as model_best.pth: "bbox/AP75",
+    # with several test sets "<data set>/bbox/AP75"; or "validation/total_loss". "" = none.
+    cfg.TEST.BEST_METRIC = ""
+    # Every so many iterations, and after the last, the losses on DATASETS.TEST are logged as
+    # validation/loss_cls and so on. 0 = never.
+    cfg.TEST.LOSS_PERIOD = 0
 
 
 def iou_balanced_args(cfg: CfgNode) -> dict[str, Any]:

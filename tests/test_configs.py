@@ -7,6 +7,7 @@ import yaml
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
 
+from iou_balanced_d2.config import add_iou_balanced_config
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.model_zoo import get_config_file
 
@@ -16,6 +17,10 @@ BASELINES = [
     "COCO-Detection/retinanet_R_50_FPN_1x_600",
     "COCO-Detection/retinanet_R_101_FPN_1x",
     "COCO-Detection/retinanet_R_101_FPN_3x",
+    "PascalVOC-Detection/retinanet_R_50_FPN",
+    "PascalVOC-Detection/retinanet_R_101_FPN",
+    "Cityscapes-Detection/retinanet_R_50_FPN",
+    "Cityscapes-Detection/retinanet_R_101_FPN",
 ]
 POWERS = {"": (0.0, 0.0), "_cls": (1.5, 0.0), "_loc": (0.0, 1.5), "_both": (1.5, 1.5)}
 
@@ -42,6 +47,7 @@ def test_variants_differ_from_the_baseline_in_the_losses_keys_alone(baseline):
 def test_baselines_are_the_zoos_but_for_the_papers_knee(name):
     ours = load_config(get_config_file(f"COCO-Detection/retinanet_{name}.yaml"))
     zoo = get_cfg()
+    add_iou_balanced_config(zoo)
     zoo.merge_from_file(detectron2_zoo.get_config_file(f"COCO-Detection/retinanet_{name}.yaml"))
     assert ours.MODEL.META_ARCHITECTURE == "IoUBalancedRetinaNet"
     assert ours.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == 0.11
@@ -50,7 +56,7 @@ def test_baselines_are_the_zoos_but_for_the_papers_knee(name):
         cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
         cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA = 0.0
         cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
-    del ours.MODEL["IOU_BALANCED"], ours.DATASETS["COCO_JSON"]
+    del ours.MODEL["IOU_BALANCED"], zoo.MODEL["IOU_BALANCED"]
     assert ours == zoo
 
 

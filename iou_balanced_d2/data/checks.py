@@ -1,6 +1,7 @@
 """What can be known to be wrong with the data before training starts."""
 
 import difflib
+import logging
 import os
 from pathlib import Path
 
@@ -9,29 +10,79 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
 from .coco import check_image_folder, class_names, read_coco_json, register_datasets_of
+from .conversion import is_converted, prepare_dataset
 from .demo import ensure_demo_datasets
+from .inspection import PROBLEMS, inspect_annotations, inspect_images
+from .voc import check_difficult_policy
+
+# Problems that no training can work around; the others leave out a box, or nothing.
+_FATAL = ("unknown category", "duplicate id")
+_MOST_NAMED = 5
+
+logger = logging.getLogger(__name__)
 
 
-def check_datasets(cfg: CfgNode, *, training: bool) -> None:
-    """Check that the config's data sets exist and fit the model; draw the demo set if it is used.
+def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -> None:
+    """Check that the config's data sets exist and fit the model; convert or draw what is used.
 
     Args:
         cfg: the full config.
         training: check DATASETS.TRAIN too, not only DATASETS.TEST.
+        read_images: decode every image, and the annotations of detectron2's own data sets too.
 
     Raises:
         UserError: naming the data set, file, folder or key, and what to do.
     """
     register_datasets_of(cfg)
-    own = {name for name, _, _ in cfg.DATASETS.COCO_JSON}
+    check_difficult_policy(cfg.DATASETS.VOC_DIFFICULT)
+    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if training else [*cfg.DATASETS.TEST]
     key = "DATASETS.TRAIN" if training else "DATASETS.TEST"
     if not getattr(cfg.DATASETS, key.split(".")[1]):
         raise UserError(f"{key} is empty: name at least one data set")
     for name in dict.fromkeys(names):
         _check_registered(name)
-        classes = _check_own(name) if name in own else _check_known(name)
+        prepare_dataset(name)
+        # detectron2's data sets and the drawn one are trusted.
+        trusted = name not in own and not is_converted(name)
+        try:
+            classes = _check(name, read=read_images or not trusted, read_images=read_images)
+        except UserError as error:
+            raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
+
+
+def _check(name: str, *, read: bool, read_images: bool) -> list[str]:
+    """Check a data set's files, draw it if it is the demo's, and return its classes."""
+    metadata = MetadataCatalog.get(name)
+    if name.startswith("iou_balanced_demo_"):
+        ensure_demo_datasets(str(Path(metadata.json_file).parents[2]))
+    if read:
+        return _check_files(metadata.json_file, metadata.image_root, read_images=read_images)
+    for kind in ("json_file", "image_root"):
+        path = metadata.get(kind)
+        if path and not os.path.exists(path):
+            raise UserError(
+                f"{path!r} not found; set the environment variable DETECTRON2_DATASETS to the "
+                "folder that holds the data sets"
+            )
+    return list(metadata.thing_classes)
+
+
+def _check_files(json_file: str, image_root: str, *, read_images: bool) -> list[str]:
+    """Read the annotations, and the images if asked to; return the classes."""
+    content = read_coco_json(json_file)
+    check_image_folder(image_root, content, json_file)
+    report = inspect_annotations(content)
+    for kind, places in report.problems.items():
+        named = "; ".join(places[:_MOST_NAMED]) + ("; ..." if len(places) > _MOST_NAMED else "")
+        if kind in _FATAL:
+            raise UserError(f"{json_file}: {len(places)} x {kind}: {named}")
+        logger.warning(f"{json_file}: {len(places)} x {kind} ({PROBLEMS[kind]}): {named}")
+    if read_images:
+        for kind, places in inspect_images(content, image_root).problems.items():
+            raise UserError(f"{len(places)} x {kind}: {places[0]}")
+    return class_names(content)
 
 
 def _check_registered(name: str) -> None:
@@ -42,32 +93,6 @@ def _check_registered(name: str) -> None:
             f"data set {name!r} is not registered{hint} "
             "(data sets of one's own are registered by DATASETS.COCO_JSON)"
         )
-
-
-def _check_own(name: str) -> list[str]:
-    """Read the annotations of a data set of one's own; return its classes."""
-    metadata = MetadataCatalog.get(name)
-    try:
-        content = read_coco_json(metadata.json_file)
-        check_image_folder(metadata.image_root, content, metadata.json_file)
-    except UserError as error:
-        raise UserError(f"data set {name!r}: {error}") from error
-    return class_names(content)
-
-
-def _check_known(name: str) -> list[str]:
-    """Check that the files of a data set that detectron2 knows are there; return its classes."""
-    metadata = MetadataCatalog.get(name)
-    if name.startswith("iou_balanced_demo_"):
-        ensure_demo_datasets(str(Path(metadata.json_file).parents[2]))
-    for kind in ("json_file", "image_root"):
-        path = metadata.get(kind)
-        if path and not os.path.exists(path):
-            raise UserError(
-                f"data set {name!r}: {path!r} not found; set the environment variable "
-                "DETECTRON2_DATASETS to the folder that holds the data sets"
-            )
-    return metadata.get("thing_classes", [])
 
 
 def _check_num_classes(cfg: CfgNode, name: str, classes: list[str]) -> None:

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError
+from .voc import register_voc_folder
 
 
 def register_coco_json(name: str, json_file: str, image_root: str) -> None:
@@ -33,10 +34,10 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
 
 
 def register_datasets_of(cfg: CfgNode) -> None:
-    """Register the data sets of ``DATASETS.COCO_JSON``; every process needs to.
+    """Register the data sets of ``DATASETS.COCO_JSON`` and ``VOC_FOLDER``; every process needs to.
 
     Raises:
-        UserError: if an entry is not [name, json, image folder], or its name is taken.
+        UserError: if an entry is not of the key's form, or its name is taken.
     """
     for entry in cfg.DATASETS.COCO_JSON:
         if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
@@ -44,6 +45,24 @@ def register_datasets_of(cfg: CfgNode) -> None:
                 f"DATASETS.COCO_JSON: expected [name, json file, image folder], got {entry!r}"
             )
         register_coco_json(*entry)
+    for entry in cfg.DATASETS.VOC_FOLDER:
+        if not _is_voc_entry(entry):
+            raise UserError(
+                "DATASETS.VOC_FOLDER: expected [name, folder, split] or "
+                f"[name, folder, split, [class names]], got {entry!r}"
+            )
+        register_voc_folder(*entry)
+
+
+def _is_voc_entry(entry: Any) -> bool:
+    if not (isinstance(entry, (list, tuple)) and len(entry) in (3, 4)):
+        return False
+    texts = [*entry[:3]]
+    if len(entry) == 4:
+        if not isinstance(entry[3], (list, tuple)):
+            return False
+        texts += entry[3]
+    return all(isinstance(text, str) for text in texts)
 
 
 def read_coco_json(json_file: str) -> dict[str, Any]:

@@ -21,7 +21,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
             without value, or no --config-file.
     """
-    args = default_argument_parser().parse_args(argv)
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--check-dataset",
+        action="store_true",
+        help="read every image of the data sets before anything else (the annotations of data "
+        "sets of one's own are checked in any case)",
+    )
+    args = parser.parse_args(argv)
     for word in args.opts:
         if word.startswith("--"):
             raise UserError(f"{word} must stand before the KEY VALUE options ({args.opts[0]} ...)")

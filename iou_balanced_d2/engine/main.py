@@ -42,7 +42,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         machine_rank=args.machine_rank,
     )
     check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
-    check_datasets(cfg, training=not args.eval_only)
+    check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
     check_output_dir(cfg)
     cfg.freeze()
     return cfg

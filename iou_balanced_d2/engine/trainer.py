@@ -1,15 +1,25 @@
 """DefaultTrainer with what IoU-balanced training adds."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
+from ..data import prepare_dataset
+from ..data.loading import CheckedMapper, load_training_dicts
+from ..evaluation import BoxEvaluator
 from ..modeling import IoUBalancedLoss
+from .hooks import evaluation_hooks
 
 
 class LossState:
@@ -50,9 +60,32 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's box AP; detections are written to ``OUTPUT_DIR/inference/<data set>``."""
+        """AP over IoU thresholds; detections go to ``OUTPUT_DIR/inference/<data set>``."""
+        prepare_dataset(dataset_name)
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
+        return BoxEvaluator(dataset_name, output_dir, difficult=cfg.DATASETS.VOC_DIFFICULT)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's hooks, and those of TEST.LOSS_PERIOD and TEST.BEST_METRIC.
+
+        Writers stay last, as they write what the other hooks have put into the storage.
+        """
+        built = super().build_hooks()
+        writers = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
+        others = [hook for hook in built if hook not in writers]
+        return [*others, *evaluation_hooks(self.cfg, self.model, self.checkpointer), *writers]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+        """detectron2's loader without bad boxes; an image that can't be read is named."""
+        mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_dicts(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """detectron2's loader; an image that can't be read is named."""
+        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

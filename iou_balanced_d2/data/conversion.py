@@ -1,0 +1,329 @@
+"""Annotations of other formats as COCO JSON, converted once and kept beside the data set.
+
+A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``, or, where that
+folder can't be written, a file of the same name in ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is
+a digest of the converter's source code, of its arguments and of the list of annotation files with
+their sizes and times of change (reading all of them to know that none has changed would take as
+long as converting them). A file edited within its size whose time was put back goes unnoticed:
+delete the cache then.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
+from tqdm import tqdm
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CACHE_FOLDER = "iou_balanced_cache"
+_BAR_FROM = 500  # files; fewer are read before a bar could be looked at
+_READERS = 16  # threads; they wait for the disk, so more than there are cores
+_AHEAD = 64  # files
+
+Result = TypeVar("Result")
+
+
+class Source(Protocol):
+    """Annotations that can be converted; equal sources are the same data set."""
+
+    @property
+    def folder(self) -> str:
+        """The data set's folder; the cache is put below it."""
+
+    @property
+    def image_root(self) -> str:
+        """The folder that the images' ``file_name`` are relative to."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is known without reading anything, for the MetadataCatalog."""
+
+    def fingerprint(self) -> list[Any]:
+        """What the result depends on, as JSON values; reads no annotation.
+
+        Raises:
+            UserError: if a file is missing.
+        """
+
+    def convert(self) -> dict[str, Any]:
+        """The annotations in COCO's instance format.
+
+        Raises:
+            UserError: if a file is missing or broken.
+        """
+
+
+@dataclass(frozen=True)
+class ConvertedDataset:
+    """What is registered in the DatasetCatalog: a call gives detectron2's dataset dicts.
+
+    Attributes:
+        name: the data set's name.
+        source: its annotations.
+    """
+
+    name: str
+    source: Source
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Convert if needed and load; annotations keep "difficult" where there is one."""
+        json_file = self.prepare()
+        extra = ["difficult"]
+        return list(load_coco_json(json_file, self.source.image_root, self.name, extra))
+
+    def prepare(self) -> str:
+        """Convert if needed; put the JSON file and the classes into the MetadataCatalog.
+
+        Returns:
+            the path of the JSON file.
+
+        Raises:
+            UserError: naming the data set, the file and what is wrong.
+        """
+        try:
+            json_file = cached_json(self.name, self.source)
+            classes = _read_classes(json_file)
+        except UserError as error:
+            raise UserError(f"data set {self.name!r}: {error}") from error
+        metadata = MetadataCatalog.get(self.name)
+        set_metadata(metadata, json_file=json_file, thing_classes=classes)
+        return json_file
+
+
+def prepare_dataset(name: str) -> None:
+    """Convert a registered data set's annotations if needed, and complete its metadata.
+
+    Sets ``json_file`` and ``thing_classes``; ``image_root``, ``evaluator_type`` and ``voc_style``
+    are there from the registration on. Does nothing for data sets that need no conversion. Several
+    processes may call it at once: one converts, the others wait.
+
+    Args:
+        name: the data set's name.
+
+    Raises:
+        UserError: if a file is missing or broken.
+    """
+    if is_converted(name):
+        DatasetCatalog[name].prepare()
+
+
+def is_converted(name: str) -> bool:
+    """Whether the annotations of a data set, if registered, are converted by this package."""
+    # (The catalog's `get` would load it.)
+    return name in DatasetCatalog and isinstance(DatasetCatalog[name], ConvertedDataset)
+
+
+def register_converted(name: str, source: Source, *, key: str = "") -> None:
+    """Register a source under ``name``; reads nothing. The same one again does nothing.
+
+    Args:
+        name: the data set's name.
+        source: its annotations.
+        key: the config key to name in an error.
+
+    Raises:
+        UserError: if the name is taken by another data set.
+    """
+    dataset = ConvertedDataset(name, source)
+    if name in DatasetCatalog:
+        if DatasetCatalog[name] != dataset:
+            where = f"{key}: " if key else ""
+            raise UserError(f"{where}the name {name!r} is taken; choose another one")
+        return
+    DatasetCatalog.register(name, dataset)
+    set_metadata(
+        MetadataCatalog.get(name),
+        image_root=source.image_root,
+        evaluator_type="coco",
+        **source.metadata,
+    )
+
+
+def set_metadata(metadata: Metadata, **values: Any) -> None:
+    """Set metadata that may have another value already, as it has once the source has changed."""
+    for key, value in values.items():
+        if metadata.get(key, value) != value:
+            # detectron2 refuses to overwrite. What it derives from the classes goes with them.
+            derived = ["thing_dataset_id_to_contiguous_id"] if key == "thing_classes" else []
+            for outdated in [key, *derived]:
+                metadata.__dict__.pop(outdated, None)
+        setattr(metadata, key, value)
+
+
+def cached_json(name: str, source: Source) -> str:
+    """The path of the converted annotations, after converting them if they have changed.
+
+    Args:
+        name: the data set's name.
+        source: its annotations.
+
+    Returns:
+        the path of a complete COCO JSON file.
+
+    Raises:
+        UserError: if a source file is missing or broken, or no cache folder can be written.
+    """
+    file_name = f"{quote(name, safe='')}-{_key_of(source)}.json"
+    folders = [Path(source.folder) / CACHE_FOLDER, _user_cache(source.folder)]
+    for folder in folders:
+        if os.access(folder / file_name, os.R_OK):
+            return str(folder / file_name)
+    for folder in folders:
+        if _is_writable(folder, name):
+            break
+        logger.warning(f"{folder} can't be written; the converted {name} is kept elsewhere")
+    else:
+        raise UserError(f"{folders[1]}: can't be written; set XDG_CACHE_HOME to a folder that can")
+    # One lock for all versions of a data set, as the old ones are removed under it.
+    with file_lock(str(folder / quote(name, safe=""))):
+        if not (folder / file_name).exists():
+            logger.info(f"Converting the annotations of {name} into {folder / file_name} ...")
+            _write_atomically(folder / file_name, source.convert())
+            _remove_outdated(folder, name, keep=file_name)
+    return str(folder / file_name)
+
+
+def _key_of(source: Source) -> str:
+    text = json.dumps([CONVERTER, source.fingerprint()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _user_cache(folder: str) -> Path:
+    """A folder of this user's for one data set folder: two of them may use the same names."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    digest = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:12]
+    return Path(home) / "iou_balanced_d2" / digest
+
+
+def _is_writable(folder: Path, name: str) -> bool:
+    """Whether files can be made there; tried, as permissions don't tell of a read-only mount."""
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        # In a shared folder the lock may be another user's.
+        open(folder / f"{quote(name, safe='')}.lock", "a").close()
+    except OSError:
+        return False
+    return True
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that nobody ever finds half a file; the lock is held."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_outdated(folder: Path, name: str, *, keep: str) -> None:
+    """Remove what other keys of this data set have left, half-written files too."""
+    pattern = re.compile(re.escape(quote(name, safe="")) + r"-[0-9a-f]{16}\.json(\.tmp)?")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.name != keep:
+            path.unlink(missing_ok=True)
+
+
+def _read_classes(json_file: str) -> list[str]:
+    try:
+        with open(json_file, encoding="utf-8") as f:
+            return [category["name"] for category in json.load(f)["categories"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{json_file}: can't be read; delete it and start again") from error
+
+
+def stamp(path: str) -> list[int]:
+    """Size in bytes and time of change in ns, by which a change of a file is known.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    return [status.st_size, status.st_mtime_ns]
+
+
+def map_files(
+    parse: Callable[[str, bytes], Result], paths: Sequence[str], *, title: str
+) -> list[Result]:
+    """Parse files, reading ahead of it with threads; a bar shows the progress of many.
+
+    Waiting for many small files, above all on a network's disk, is what takes long. Parsing them in
+    threads as well was no faster when measured (they wait for the interpreter's lock), and
+    processes can't be started safely from any program (CUDA, a script without a main guard).
+
+    Args:
+        parse: called with a file's path and content.
+        paths: the files.
+        title: written beside the bar.
+
+    Returns:
+        the results, in the order of the files.
+
+    Raises:
+        UserError: if a file can't be read; and what ``parse`` raises.
+    """
+    # None: a bar on a terminal, none in a log file.
+    hidden = True if len(paths) < _BAR_FROM else None
+    files = zip(paths, _read_ahead(paths), strict=True)
+    bar = tqdm(files, total=len(paths), desc=title, unit="file", disable=hidden)
+    return [parse(path, content) for path, content in bar]
+
+
+def _read_ahead(paths: Sequence[str]) -> Iterator[bytes]:
+    """The files' contents in order; at most :data:`_AHEAD` are held."""
+    executor = ThreadPoolExecutor(_READERS)
+    pending: deque[Future[bytes]] = deque()
+    try:
+        for path in paths:
+            pending.append(executor.submit(_read, path))
+            if len(pending) >= _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        # After an error the rest need not be read.
+        executor.shutdown(cancel_futures=True)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def source_digest(*modules: str) -> str:
+    """The digest of source files, taken when they are loaded.
+
+    In place of a version to be raised by hand, which would be forgotten.
+    """
+    return hashlib.sha256(b"".join(Path(module).read_bytes() for module in modules)).hexdigest()
+
+
+CONVERTER = source_digest(__file__)

@@ -1,0 +1,112 @@
+"""From registered data sets to training examples: bad annotations left out, bad files named."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
+from detectron2.structures import BoxMode
+
+from ..errors import UserError
+from .voc import training_dicts
+
+logger = logging.getLogger(__name__)
+
+
+def load_training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Load DATASETS.TRAIN without what can't be trained on.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        detectron2's dataset dicts, each with its "dataset_name" besides. Boxes of no area or
+        outside of their image are left out and counted in one log line a data set; so are VOC's
+        difficult objects, as DATASETS.VOC_DIFFICULT says, and then images without objects, as
+        DATALOADER.FILTER_EMPTY_ANNOTATIONS says.
+
+    Raises:
+        UserError: if nothing is left to train on.
+    """
+    dicts = []
+    for name in cfg.DATASETS.TRAIN:
+        loaded = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
+        loaded = training_dicts(drop_bad_boxes(loaded, name), cfg.DATASETS.VOC_DIFFICULT)
+        dicts += [{**d, "dataset_name": name} for d in loaded]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if not dicts:
+        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box")
+    print_instances_class_histogram(dicts, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    return dicts
+
+
+def drop_bad_boxes(dicts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Leave out boxes that no anchor can be matched to; the data set itself is not changed.
+
+    Args:
+        dicts: detectron2's dataset dicts of the data set ``name``.
+        name: for the log line that counts what was left out.
+
+    Returns:
+        dicts of the same images.
+    """
+    kept, dropped = [], 0
+    for d in dicts:
+        annotations = [a for a in d["annotations"] if is_good_box(a, d["width"], d["height"])]
+        dropped += len(d["annotations"]) - len(annotations)
+        kept.append({**d, "annotations": annotations})
+    if dropped:
+        logger.warning(
+            f"data set {name!r}: {dropped} boxes of no area or outside of their image are left out "
+            "of training (tools/check_dataset.py names them)"
+        )
+    return kept
+
+
+def is_good_box(annotation: dict[str, Any], width: int, height: int) -> bool:
+    """Whether the part of the annotation's box inside the image (in pixels) has an area."""
+    x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    inside_x = min(x2, width) - max(x1, 0)
+    inside_y = min(y2, height) - max(y1, 0)
+    return bool(np.isfinite([x1, y1, x2, y2]).all() and inside_x > 0 and inside_y > 0)
+
+
+class CheckedMapper:
+    """A DatasetMapper whose errors name the image and its data set."""
+
+    def __init__(self, mapper: DatasetMapper, name: str = ""):
+        """Wrap a mapper.
+
+        Args:
+            mapper: what reads and transforms the images.
+            name: the data set, for dicts without "dataset_name".
+        """
+        self.mapper = mapper
+        self.name = name
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Map one dataset dict.
+
+        Args:
+            dataset_dict: in detectron2's form.
+
+        Returns:
+            the model's input.
+
+        Raises:
+            UserError: if the image is missing, broken, or not of the size annotated.
+        """
+        try:
+            return self.mapper(dataset_dict)
+        except Exception as error:  # PIL raises SyntaxError and others on broken files
+            name = dataset_dict.get("dataset_name", self.name)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"data set {name!r}: image {dataset_dict['file_name']!r} can't be used: {reason}"
+            ) from error

@@ -1,0 +1,310 @@
+"""PASCAL VOC, and data sets of one's own in its layout.
+
+    <folder>/ImageSets/Main/<split>.txt    one image id a line
+    <folder>/Annotations/<id>.xml
+    <folder>/JPEGImages/<id>.jpg           or another image format
+
+VOC's pixel coordinates start at 1 and include the last pixel: xmin, ymin, xmax, ymax become the
+edges x1 - 1, y1 - 1, x2, y2, so that a box over the whole image is 0, 0, width, height. Boxes are
+kept as they are annotated, degenerate ones too. ``difficult`` is kept as a field of its own;
+``iscrowd`` and ``ignore`` stay 0, as COCO's matching of those differs from VOC's.
+"""
+
+import math
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .conversion import map_files, register_converted, source_digest, stamp
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+DIFFICULT_POLICIES = ("ignore", "count", "drop")
+
+_SPLITS = {"2007": ("train", "val", "trainval", "test"), "2012": ("train", "val", "trainval")}
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+_CODE = source_digest(__file__)
+
+
+@dataclass(frozen=True)
+class VocImage:
+    """One annotated image.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        objects: class name, the 4 coordinates as annotated (1-based, inclusive) and difficult
+            (0 or 1) of each object.
+    """
+
+    width: int
+    height: int
+    objects: list[tuple[str, list[float], int]]
+
+
+@dataclass(frozen=True)
+class VocSource:
+    """Images of one or several VOC folders.
+
+    Attributes:
+        folder: what the parts, and the images' file names, are relative to.
+        parts: (folder, split) each.
+        classes: the classes in their order; None for the sorted names found in all annotations of
+            the folders, whatever the split, so that all splits agree.
+    """
+
+    folder: str
+    parts: tuple[tuple[str, str], ...]
+    classes: tuple[str, ...] | None
+
+    @property
+    def image_root(self) -> str:
+        """The folder of the parts."""
+        return self.folder
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """``voc_style`` asks the evaluator for VOC's AP as well."""
+        classes = {} if self.classes is None else {"thing_classes": list(self.classes)}
+        return {"voc_style": True, **classes}
+
+    def fingerprint(self) -> list[Any]:
+        """The images of the split in order, and each annotation's size and time of change."""
+        entries = [[xml, image] for xml, image in self._entries()]
+        files = [[xml, *stamp(os.path.join(self.folder, xml))] for xml in self._annotations()]
+        return [_CODE, self.classes, entries, files]
+
+    def convert(self) -> dict[str, Any]:
+        """The annotations in COCO's format, with ``difficult``; images are numbered from 1."""
+        entries = self._entries()
+        xmls = self._annotations()
+        paths = [os.path.join(self.folder, xml) for xml in xmls]
+        read = map_files(parse_voc_xml, paths, title="VOC")
+        scenes = dict(zip(xmls, read, strict=True))
+        classes = self.classes or sorted({o[0] for scene in read for o in scene.objects})
+        if not classes:
+            raise UserError(f"{self.folder}: no object in any annotation")
+        content: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+        }
+        ids = {name: i for i, name in enumerate(classes, start=1)}
+        for xml, image in entries:
+            _add_image(content, image, scenes[xml], ids, os.path.join(self.folder, xml))
+        return content
+
+    def _entries(self) -> list[tuple[str, str]]:
+        """(annotation, image) of each image of the splits, relative to the folder."""
+        return [entry for part in self.parts for entry in _list_split(self.folder, *part)]
+
+    def _annotations(self) -> list[str]:
+        """The annotations to be read: the splits', or all where these give the classes."""
+        listed = [xml for xml, _ in self._entries()]
+        if self.classes is not None:
+            return listed
+        for part, _ in self.parts:
+            names = _list_folder(os.path.join(self.folder, part, "Annotations"))
+            xmls = [name for name in names if name.endswith(".xml")]
+            listed += [os.path.join(part, "Annotations", name) for name in xmls]
+        return list(dict.fromkeys(listed))
+
+
+def _list_folder(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise UserError(
+            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages "
+            "(VOC itself is looked for in $DETECTRON2_DATASETS)"
+        ) from error
+
+
+def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
+    """(annotation, image) of each image of a split, relative to ``root``."""
+    path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
+    images = _list_folder(os.path.join(root, folder, "JPEGImages"))
+    image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in _IMAGE_SUFFIXES}
+    try:
+        ids = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}; it lists the images") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a text file") from error
+    ids = [i for i in ids if i]
+    if not ids:
+        raise UserError(f"{path}: lists no image")
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"{path}: lists {twice!r} twice; remove one")
+    for i in ids:
+        if i not in image_of:
+            raise UserError(f"{path}: lists {i!r}, of which JPEGImages has no image")
+    return [
+        (os.path.join(folder, "Annotations", f"{i}.xml"),
+         os.path.join(folder, "JPEGImages", image_of[i]))
+        for i in ids
+    ]  # fmt: skip
+
+
+def parse_voc_xml(path: str, content: bytes) -> VocImage:
+    """Parse one annotation file.
+
+    Args:
+        path: named in errors.
+        content: XML.
+
+    Returns:
+        the image's size and objects; coordinates as annotated.
+
+    Raises:
+        UserError: if it is broken, or lacks the size or part of an object.
+    """
+    try:
+        root = ET.fromstring(content)
+    except (ET.ParseError, ValueError) as error:
+        raise UserError(f"{path}: not an XML file: {error}") from error
+    width, height = (_number(root, f"size/{side}", path) for side in ("width", "height"))
+    if width < 1 or height < 1:
+        raise UserError(f"{path}: the image size is {width} x {height}; write the true one")
+    return VocImage(int(width), int(height), [_object(o, path) for o in root.findall("object")])
+
+
+def _object(element: ET.Element, path: str) -> tuple[str, list[float], int]:
+    """Class, coordinates and difficult of an <object>; its <part>s are not objects of the set."""
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        raise UserError(f"{path}: an object has no <name>")
+    box = [_number(element, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")]
+    difficult = (element.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise UserError(f"{path}: <difficult> must be 0 or 1, got {difficult!r}")
+    return name, box, int(difficult)
+
+
+def _number(element: ET.Element, tag: str, path: str) -> float:
+    """A finite number, as an int where it is one."""
+    text = element.findtext(tag)
+    if text is None:
+        raise UserError(f"{path}: no <{tag}> in <{element.tag}>")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path}: <{tag}> must be a number, got {text!r}")
+    return int(value) if value.is_integer() else value
+
+
+def _add_image(
+    content: dict[str, Any], file_name: str, scene: VocImage, ids: dict[str, int], path: str
+) -> None:
+    """Append an image and its objects to COCO content."""
+    image_id = len(content["images"]) + 1
+    content["images"].append(
+        {"id": image_id, "file_name": file_name, "width": scene.width, "height": scene.height}
+    )
+    for name, (x1, y1, x2, y2), difficult in scene.objects:
+        if name not in ids:
+            raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
+        # From 1-based pixels, the last one included, to edges; but corners that coincide are a
+        # slip of the annotator, not an object of one pixel, and stay without extent.
+        last = 0 if (x1, y1) == (x2, y2) else 1
+        width, height = x2 - x1 + last, y2 - y1 + last
+        content["annotations"].append(
+            {
+                "id": len(content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": ids[name],
+                "bbox": [x1 - 1, y1 - 1, width, height],
+                "area": max(width, 0) * max(height, 0),
+                "iscrowd": 0,
+                "ignore": 0,
+                "difficult": difficult,
+            }
+        )
+
+
+def check_difficult_policy(policy: str) -> None:
+    """Check DATASETS.VOC_DIFFICULT.
+
+    Raises:
+        UserError: if it is none of :data:`DIFFICULT_POLICIES`.
+    """
+    if policy not in DIFFICULT_POLICIES:
+        allowed = ", ".join(map(repr, DIFFICULT_POLICIES))
+        raise UserError(f"DATASETS.VOC_DIFFICULT must be one of {allowed}, got {policy!r}")
+
+
+def training_dicts(dicts: list[dict[str, Any]], policy: str) -> list[dict[str, Any]]:
+    """Carry out DATASETS.VOC_DIFFICULT in training: all but "count" leave difficult objects out.
+
+    What is left out is background to the losses. An image that has no other object stays, without
+    annotations: DATALOADER.FILTER_EMPTY_ANNOTATIONS has to be carried out after this.
+
+    Args:
+        dicts: detectron2's dataset dicts; annotations without "difficult" are kept.
+        policy: "ignore", "count" or "drop".
+
+    Returns:
+        new dicts; those given, which the DatasetCatalog's user may share, are not changed.
+
+    Raises:
+        UserError: if the policy is unknown.
+    """
+    check_difficult_policy(policy)
+    if policy == "count":
+        return list(dicts)
+    return [
+        {**d, "annotations": [a for a in d["annotations"] if not a.get("difficult", 0)]}
+        if "annotations" in d
+        else d
+        for d in dicts
+    ]
+
+
+def register_voc_folder(
+    name: str, folder: str, split: str, class_names: Sequence[str] | None = None
+) -> None:
+    """Register a folder of VOC's layout under ``name``, for DATASETS.TRAIN and DATASETS.TEST.
+
+    Nothing is read before the data set is used. Registering the same set again does nothing.
+
+    Args:
+        name: the data set's name in the config.
+        folder: holds Annotations, ImageSets/Main and JPEGImages.
+        split: name of a file in ImageSets/Main, without ".txt".
+        class_names: the classes in their order; None for the sorted names found in all of the
+            folder's annotations.
+
+    Raises:
+        UserError: if the name is taken by another data set, or the class names are no such list.
+    """
+    classes = None if class_names is None else tuple(class_names)
+    if classes is not None and (not classes or len(set(classes)) < len(classes)):
+        raise UserError(f"DATASETS.VOC_FOLDER: {name!r} needs class names, each once: {classes}")
+    source = VocSource(folder, (("", split),), classes)
+    register_converted(name, source, key="DATASETS.VOC_FOLDER")
+
+
+def register_voc(root: str) -> None:
+    """Register VOC 2007, VOC 2012 and the union of their trainval, each as ``..._coco``.
+
+    Args:
+        root: holds the folders VOC2007 and VOC2012.
+    """
+    sets = {
+        f"voc_{year}_{split}_coco": ((f"VOC{year}", split),)
+        for year, splits in _SPLITS.items()
+        for split in splits
+    }
+    union = (("VOC2007", "trainval"), ("VOC2012", "trainval"))
+    for name, parts in {**sets, "voc_0712_trainval_coco": union}.items():
+        register_converted(name, VocSource(root, parts, VOC_CLASSES))

@@ -1,0 +1,237 @@
+"""Hooks of the trainer: the best checkpoint, and the losses on the test sets."""
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+
+from ..data.loading import CheckedMapper, load_training_dicts
+
+logger = logging.getLogger(__name__)
+
+Inputs = list[dict[str, Any]]
+# What behaves differently in training than in use, besides the detector itself.
+_NOISY_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class UntaggedCheckpointer(DetectionCheckpointer):
+    """A checkpointer whose files are not what ``--resume`` continues from."""
+
+    def __init__(self, checkpointer: Checkpointer):
+        """Save the same things to the same folder.
+
+        Args:
+            checkpointer: the training's; what is added to it later is saved, too.
+        """
+        super().__init__(checkpointer.model, checkpointer.save_dir)
+        self.checkpointables = checkpointer.checkpointables
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Leave the file ``last_checkpoint`` alone."""
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """detectron2's hook that keeps ``model_best.pth``; the training resumes as without it.
+
+    The best value is written beside it, to ``model_best.json``, as a resumed training goes on
+    comparing with it. Only for the main process, as the others have no results.
+    """
+
+    trainer: TrainerBase
+    best_metric: float | None
+    best_iter: int | None
+
+    def __init__(self, eval_period: int, checkpointer: Checkpointer, metric: str):
+        """Set what is best.
+
+        Args:
+            eval_period: iterations between evaluations, 0 for one after the training only.
+            checkpointer: the training's.
+            metric: "task/name", e.g. "bbox/AP75", with several test sets "data set/task/name"; the
+                largest value is best, of a "validation/..." loss the smallest.
+        """
+        mode = "min" if metric.startswith("validation/") else "max"
+        super().__init__(eval_period, UntaggedCheckpointer(checkpointer), metric, mode)
+        self._logger = logger
+        self._file = os.path.join(checkpointer.save_dir, "model_best.json")
+        self._unknown_told = False
+
+    def before_train(self) -> None:
+        """Take up the best value of the training that is resumed."""
+        if self.trainer.start_iter == 0:
+            return
+        with contextlib.suppress(OSError, ValueError), open(self._file, encoding="utf-8") as f:
+            best = json.load(f)
+            if best["metric"] == self._val_metric:
+                self.best_metric, self.best_iter = best["value"], best["iteration"]
+
+    def _best_checking(self) -> None:
+        names = self.trainer.storage.latest()
+        if self._val_metric not in names:
+            self._tell_unknown(list(names))
+            return
+        super()._best_checking()
+
+    def _update_best(self, val: float, iteration: int) -> bool:
+        """Called by detectron2's hook for each better value."""
+        if not super()._update_best(val, iteration):
+            return False  # not a number
+        best = {"metric": self._val_metric, "value": val, "iteration": iteration}
+        with open(self._file, "w", encoding="utf-8") as f:
+            json.dump(best, f)
+        return True
+
+    def _tell_unknown(self, names: list[str]) -> None:
+        if self._unknown_told:
+            return
+        self._unknown_told = True
+        metrics = [
+            name for name in names if "/AP" in name or "/AR" in name or "validation/" in name
+        ]
+        close = difflib.get_close_matches(self._val_metric, metrics, n=1, cutoff=0.3)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        logger.error(
+            f"TEST.BEST_METRIC {self._val_metric!r} is not a result of the evaluation, so no "
+            f"model_best.pth is kept{hint} There are: "
+            + ", ".join(metric for metric in metrics if "-" not in metric)
+        )
+
+
+def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
+    """The images of DATASETS.TEST with their annotations, resized as in inference.
+
+    Each process reads its share, in batches of the size it trains with: losses are divided by
+    numbers of positives of such a batch.
+    """
+    as_training = cfg.clone()
+    as_training.defrost()
+    as_training.DATASETS.TRAIN = cfg.DATASETS.TEST
+    as_training.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    mapper = DatasetMapper(
+        is_train=True,  # keeps the annotations
+        augmentations=build_augmentation(cfg, is_train=False),
+        image_format=cfg.INPUT.FORMAT,
+    )
+    return build_detection_test_loader(
+        load_training_dicts(as_training),
+        mapper=CheckedMapper(mapper),
+        batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def validation_losses(
+    model: nn.Module, loader: Iterable[Inputs], batch_size: int
+) -> dict[str, Any]:
+    """Mean losses of a model over a data set, without leaving a trace in the model.
+
+    Args:
+        model: the detector, wrapped in DDP or not.
+        loader: training inputs; this process's share.
+        batch_size: images of a full batch. A last batch of fewer images is filled up with its own.
+
+    Returns:
+        {"validation": {loss's name: mean over all processes' images, ..., "total_loss": sum}} on
+        the main process, {} on others and without any image. No process waits for another one
+        before all images are done.
+    """
+    model = getattr(model, "module", model)
+    sums: dict[str, float] = {}
+    num_images = 0
+    # The storage takes what the detector logs, which is not of the training.
+    with torch.no_grad(), losses_without_trace(model), EventStorage():
+        for inputs in loader:
+            full = [inputs[i % len(inputs)] for i in range(max(batch_size, len(inputs)))]
+            for name, loss in model(full).items():
+                sums[name] = sums.get(name, 0.0) + float(loss) * len(inputs)
+            num_images += len(inputs)
+    gathered = comm.gather((sums, num_images))
+    total = sum(n for _, n in gathered)
+    if not total:
+        return {}
+    names = {name: None for part, _ in gathered for name in part}
+    means = {name: sum(p.get(name, 0.0) for p, _ in gathered) / total for name in names}
+    return {"validation": {**means, "total_loss": sum(means.values())}}
+
+
+@contextlib.contextmanager
+def losses_without_trace(model: nn.Module) -> Iterator[None]:
+    """Let a detector return losses while its normalisation and dropout work as in inference.
+
+    Afterwards each module is in the mode it was in, and numbers it keeps as plain attributes are
+    what they were: detectron2's dense detectors keep the losses' normaliser so.
+    """
+    numbers = [
+        (m, {k: v for k, v in vars(m).items() if isinstance(v, int | float)})
+        for m in model.modules()
+    ]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NOISY_LAYERS):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, before in numbers:
+            for name in [k for k, v in vars(module).items() if isinstance(v, int | float)]:
+                if name not in before:
+                    delattr(module, name)
+            vars(module).update(before)
+
+
+def build_validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
+    """A hook that logs the losses on DATASETS.TEST every TEST.LOSS_PERIOD iterations.
+
+    Args:
+        cfg: the full config.
+        model: the detector in training.
+
+    Returns:
+        the hook, for all processes.
+    """
+    loaders: list[Iterable[Inputs]] = []
+
+    def compute() -> dict[str, Any]:
+        if not loaders:  # data sets are read when first needed
+            loaders.append(build_validation_loader(cfg))
+        batch_size = max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1)
+        with torch.autocast("cuda", enabled=cfg.SOLVER.AMP.ENABLED):
+            return validation_losses(model, loaders[0], batch_size)
+
+    return hooks.EvalHook(cfg.TEST.LOSS_PERIOD, compute)
+
+
+def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer) -> list[HookBase]:
+    """The hooks of TEST.LOSS_PERIOD and TEST.BEST_METRIC, to run between evaluation and writers.
+
+    Args:
+        cfg: the full config.
+        model: the detector in training.
+        checkpointer: the training's.
+
+    Returns:
+        the hooks of this process.
+    """
+    chosen: list[HookBase] = []
+    if cfg.TEST.LOSS_PERIOD > 0:
+        chosen.append(build_validation_hook(cfg, model))
+    metric = cfg.TEST.BEST_METRIC
+    if metric and comm.is_main_process():
+        on_loss = metric.startswith("validation/")
+        period = cfg.TEST.LOSS_PERIOD if on_loss else cfg.TEST.EVAL_PERIOD
+        chosen.append(BestCheckpointer(period, checkpointer, metric))
+    return chosen

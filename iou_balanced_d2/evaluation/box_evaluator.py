@@ -1,0 +1,158 @@
+"""One evaluator of boxes for all data sets."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from ..data.voc import check_difficult_policy
+from ..errors import UserError
+from .coco_eval import available_implementations, choose_implementation, evaluate_boxes
+from .ground_truth import prepare_ground_truth
+from .metrics import class_table, coco_metrics, recall_table, threshold_table, voc_table
+from .voc import voc_average_precision, voc_metrics
+
+
+class BoxEvaluator(COCOEvaluator):
+    """AP50 to AP95 of boxes, on every data set detectron2 can express in COCO's format.
+
+    Where the metadata has ``voc_style=True`` VOC's own metric stands beside it.
+    """
+
+    _metadata: Metadata
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        *,
+        distributed: bool = True,
+        difficult: str = "ignore",
+        implementation: str | None = None,
+        max_dets_per_image: int | None = None,
+    ):
+        """Read the ground truth.
+
+        Args:
+            dataset_name: a registered data set.
+            output_dir: folder for ``coco_instances_results.json``; needed for data sets whose
+                metadata has no ``json_file``, as they are converted.
+            distributed: gather the detections of all processes.
+            difficult: what becomes of objects with "difficult" set: "ignore", "count" or "drop",
+                see :func:`prepare_ground_truth`.
+            implementation: "detectron2", "faster-coco-eval" or "pycocotools"; None for the first
+                of them that is there.
+            max_dets_per_image: limit of detections an image; None is COCO's 100.
+
+        Raises:
+            UserError: if the policy for difficult objects or the implementation is not there.
+        """
+        check_difficult_policy(difficult)
+        found = available_implementations()
+        if implementation is not None and implementation not in found:
+            raise UserError(f"implementation {implementation!r} is not one of {', '.join(found)}")
+        super().__init__(
+            dataset_name,
+            tasks=("bbox",),
+            distributed=distributed,
+            output_dir=output_dir,
+            max_dets_per_image=max_dets_per_image,
+            use_fast_impl=False,  # chosen here
+            allow_cached_coco=False,  # the data set may have changed since
+        )
+        self._logger = logging.getLogger(__name__)
+        if self._do_evaluation:
+            prepare_ground_truth(self._coco_api, difficult)
+            implementation = implementation or choose_implementation(self._coco_api)
+        self._implementation = implementation
+
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
+        """Gather the detections, write them and compute the metrics.
+
+        Args:
+            img_ids: the images to evaluate; None for all.
+
+        Returns:
+            "bbox" -> metrics of :func:`coco_metrics`, and "voc" -> those of :func:`voc_metrics`
+            for VOC's data sets; on the main process, {} on others and without annotations.
+        """
+        if not self._predictions and (comm.is_main_process() or not self._distributed):
+            # Nothing found in no image is a result, too: detectron2 would return {}.
+            self._predictions.append({"image_id": None, "instances": []})
+        results: dict[str, dict[str, float]] = super().evaluate(img_ids)
+        return results
+
+    def _eval_predictions(
+        self, predictions: Iterable[dict[str, Any]], img_ids: Sequence[Any] | None = None
+    ) -> None:
+        """Fill the results; called by :meth:`evaluate` on the main process."""
+        results = [d for prediction in predictions for d in prediction["instances"]]
+        self._use_dataset_ids(results)
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            with PathManager.open(path, "w") as f:
+                json.dump(results, f)
+            self._logger.info(f"{len(results)} detections written to {path}")
+        if not self._do_evaluation:
+            self._logger.info("Not evaluated: the data set has no annotations")
+            return
+        names = [self._coco_api.cats[i]["name"] for i in sorted(self._coco_api.cats)]
+        self._results["bbox"] = self._coco_metrics(results, names, img_ids)
+        if self._metadata.get("voc_style"):
+            ap = voc_average_precision(self._coco_api, results, img_ids=img_ids)
+            self._results["voc"] = voc_metrics(ap, names)
+            self._logger.info("By VOC's rules:\n" + voc_table(self._results["voc"]))
+
+    def _use_dataset_ids(self, results: list[dict[str, Any]]) -> None:
+        """Put the data set's category ids in the place of the model's class indices.
+
+        Raises:
+            UserError: if the model has classes that the data set lacks.
+        """
+        to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if to_index is None:
+            # Converted by detectron2: the ids are the indices.
+            to_index = {i: i for i in self._coco_api.cats}
+        to_id = {index: i for i, index in to_index.items()}
+        unknown = {d["category_id"] for d in results} - to_id.keys()
+        if unknown:
+            raise UserError(
+                f"{self._metadata.name} has {len(to_id)} classes, but the model found objects of "
+                f"class {max(unknown)} (counted from 0): is its number of classes right?"
+            )
+        for detection in results:
+            detection["category_id"] = to_id[detection["category_id"]]
+
+    def _coco_metrics(
+        self, results: list[dict[str, Any]], names: Sequence[str], img_ids: Sequence[Any] | None
+    ) -> dict[str, float]:
+        """Compute and log COCO's metrics."""
+        self._logger.info(f"Evaluating {len(results)} boxes with {self._implementation} ...")
+        counts = evaluate_boxes(
+            self._coco_api,
+            results,
+            implementation=self._implementation,
+            max_dets=self._max_dets_per_image,
+            img_ids=img_ids,
+        )
+        precision, recall = counts["precision"], counts["recall"]
+        metrics = coco_metrics(precision, recall, names, self._max_dets_per_image)
+        self._logger.info(f"Boxes over IoU thresholds:\n{threshold_table(precision)}")
+        self._logger.info(f"Average recall:\n{recall_table(metrics)}")
+        self._logger.info(f"By class:\n{class_table(precision, names, self._num_objects(img_ids))}")
+        return metrics
+
+    def _num_objects(self, img_ids: Sequence[Any] | None) -> list[int]:
+        """Number of objects to find of each class."""
+        images = set(self._coco_api.imgs if img_ids is None else img_ids)
+        numbers = dict.fromkeys(sorted(self._coco_api.cats), 0)
+        for a in self._coco_api.dataset["annotations"]:
+            if a["image_id"] in images and not (a["iscrowd"] or a.get("difficult")):
+                numbers[a["category_id"]] += 1
+        return list(numbers.values())

@@ -1,0 +1,91 @@
+"""Named numbers and tables from accumulated precision and recall."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+# COCO's thresholds; in hundredths, as the metrics' names have them.
+IOU_PERCENT = tuple(range(50, 100, 5))
+AREAS = {"s": "small", "m": "medium", "l": "large"}
+
+
+def coco_metrics(
+    precision: NDArray[Any],
+    recall: NDArray[Any],
+    class_names: Sequence[str],
+    max_dets: Sequence[int] = (1, 10, 100),
+) -> dict[str, float]:
+    """AP and AR by their names, in percent; NaN where there is no object to find.
+
+    Args:
+        precision: (T, R, K, A, M), -1 for undefined; see :func:`evaluate_boxes`.
+        recall: (T, K, A, M), likewise.
+        class_names: K names.
+        max_dets: M limits of detections an image.
+
+    Returns:
+        in this order: AP, AP50, AP55, ... AP95, APs, APm, APl, AR1, AR10, AR100 (named after the
+        limits), ARs, ARm, ARl, and AP-<class> for each class.
+    """
+    overall = precision[..., 0, -1]
+    metrics = {"AP": percent(overall)}
+    metrics |= {f"AP{t}": percent(overall[i]) for i, t in enumerate(IOU_PERCENT)}
+    metrics |= {f"AP{a}": percent(precision[..., i, -1]) for i, a in enumerate(AREAS, start=1)}
+    metrics |= {f"AR{m}": percent(recall[..., 0, i]) for i, m in enumerate(max_dets)}
+    metrics |= {f"AR{a}": percent(recall[..., i, -1]) for i, a in enumerate(AREAS, start=1)}
+    metrics |= {f"AP-{name}": percent(overall[:, :, k]) for k, name in enumerate(class_names)}
+    return metrics
+
+
+def percent(values: NDArray[Any]) -> float:
+    """Mean of the defined values (not -1) times 100; NaN if there are none."""
+    defined = values[values > -1]
+    return float(100 * defined.mean()) if defined.size else float("nan")
+
+
+def threshold_table(precision: NDArray[Any]) -> str:
+    """AP over IoU thresholds, for all objects and for each range of area."""
+    rows = []
+    for i, name in enumerate(("all", *AREAS.values())):
+        part = precision[..., i, -1]
+        rows.append([name, percent(part), *(percent(x) for x in part)])
+    return _table(rows, ["AP of objects", ".50:.95", *_threshold_headers()])
+
+
+def class_table(
+    precision: NDArray[Any], class_names: Sequence[str], num_objects: Sequence[int]
+) -> str:
+    """One row a class: how many objects there are, and AP at the usual thresholds."""
+    overall = precision[..., 0, -1]
+    rows = [
+        [name, n, percent(overall[:, :, k]), *(percent(overall[i, :, k]) for i in (0, 5, 8))]
+        for k, (name, n) in enumerate(zip(class_names, num_objects, strict=True))
+    ]
+    return _table(rows, ["class", "objects", "AP", "AP50", "AP75", "AP90"])
+
+
+def recall_table(metrics: Mapping[str, float]) -> str:
+    """AR by limit of detections and by range of area."""
+    names = [name for name in metrics if name.startswith("AR") and "-" not in name]
+    return _table([[metrics[name] for name in names]], names)
+
+
+def voc_table(metrics: Mapping[str, float]) -> str:
+    """VOC's two kinds of AP over IoU thresholds."""
+    rows = [
+        [f"VOC AP, {text}", metrics[f"AP_{kind}"], *(metrics[f"AP{t}_{kind}"] for t in IOU_PERCENT)]
+        for kind, text in (("11pt", "11 points"), ("area", "area"))
+    ]
+    return _table(rows, ["", ".50:.95", *_threshold_headers()])
+
+
+def _threshold_headers() -> list[str]:
+    return [f".{t}" for t in IOU_PERCENT]
+
+
+def _table(rows: list[list[Any]], headers: list[str]) -> str:
+    """A table whose first column may hold names, even if a class is named "1"."""
+    names = [0] if isinstance(rows[0][0], str) else []
+    return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".2f", disable_numparse=names)

@@ -1,0 +1,214 @@
+"""What a data set check finds, each problem made on purpose; and anchor recall by hand."""
+
+import copy
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import check_dataset
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+
+from iou_balanced_d2.data.coco import read_coco_json
+from iou_balanced_d2.data.inspection import anchor_recall, inspect_annotations, inspect_images
+from iou_balanced_d2.data.loading import CheckedMapper, drop_bad_boxes, load_training_dicts
+from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.model_zoo import get_config_file
+
+from ..command import forget_own_data
+
+CONFIG = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+BCCD = Path(__file__).parents[3] / "shared/data/bccd"
+
+
+@pytest.fixture
+def content(own_data):
+    return read_coco_json(own_data[0])
+
+
+def test_a_good_data_set_has_no_problems(content, own_data):
+    report = inspect_annotations(content)
+    assert (report.num_images, report.num_annotations, report.num_empty) == (4, 4, 0)
+    assert report.classes == {"square": 4, "circle": 0}
+    assert report.problems == {}
+    assert inspect_images(content, own_data[1]).problems == {}
+
+
+@pytest.mark.parametrize(
+    ("problem", "change"),
+    [
+        ("no area", {"bbox": [5, 5, 0, 9]}),
+        ("no area", {"bbox": [5, 5, float("nan"), 9]}),
+        ("outside", {"bbox": [64, 5, 9, 9]}),
+        ("outside", {"bbox": [-20, 5, 20, 9]}),
+        ("sticks out", {"bbox": [60, 5, 9, 9]}),
+        ("sticks out", {"bbox": [5, -3, 9, 9]}),
+        ("unknown category", {"category_id": 8}),
+        ("unknown image", {"image_id": 99}),
+        ("duplicate id", {"id": 3}),
+    ],
+)
+def test_bad_annotations_are_found_and_named(content, problem, change):
+    content["annotations"][1].update(change)
+    report = inspect_annotations(content)
+    assert list(report.problems) == [problem]
+    (where,) = report.problems[problem]
+    assert f"{content['annotations'][1]['id']}" in where
+    if "bbox" in change:
+        assert "1.png" in where
+
+
+def test_boxes_a_rounding_error_outside_are_fine(content):
+    content["annotations"][0]["bbox"] = [-0.3, 0, 64.6, 64.4]
+    assert inspect_annotations(content).problems == {}
+
+
+def test_images_without_annotations_are_counted(content):
+    content["annotations"].pop()
+    assert inspect_annotations(content).num_empty == 1
+
+
+def spoil_images(folder):
+    """0 missing, 1 truncated, 2 no image, 3 of another size."""
+    (folder / "0.png").unlink()
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "2.png").write_text("not an image")
+    cv2.imwrite(str(folder / "3.png"), np.zeros((32, 64, 3), np.uint8))
+
+
+def test_bad_images_are_found_and_named(content, own_data):
+    spoil_images(Path(own_data[1]))
+    problems = inspect_images(content, own_data[1]).problems
+    assert {kind: len(places) for kind, places in problems.items()} == {
+        "missing image": 1,
+        "unreadable image": 2,
+        "size mismatch": 1,
+    }
+    assert "3.png: 64x32, annotated 64x64" in problems["size mismatch"][0]
+
+
+def config_of(own_data, *opts):
+    forget_own_data()
+    entry = ("own", *own_data)
+    options = [
+        "MODEL.RETINANET.NUM_CLASSES", "2", "DATASETS.COCO_JSON", repr((entry,)),
+        "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)", *opts,
+    ]  # fmt: skip
+    return load_config(CONFIG, options), options
+
+
+def test_anchor_recall_by_hand(content, own_data):
+    """Square anchors of 32 px every 8 px meet a 32 px square, but neither 8 px nor a thin one."""
+    sizes = [[32], [64], [128], [256], [512]]
+    options = [
+        "INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]",
+        "MODEL.ANCHOR_GENERATOR.SIZES", repr(sizes),
+    ]  # fmt: skip
+    cfg, _ = config_of(own_data, *options)
+    for annotation, box in zip(
+        content["annotations"],
+        ([16, 16, 32, 32], [16, 16, 8, 8], [10, 10, 50, 8], [0, 0, 0, 0]),
+        strict=True,
+    ):
+        annotation["bbox"] = box
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+        # At twice the size the 32 px square is 64 px, and the 8 px one 16 px: still one of three.
+        cfg.INPUT.MIN_SIZE_TRAIN = (128,)
+        assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+        cfg.INPUT.MIN_SIZE_TRAIN = (256,)
+        assert anchor_recall(cfg, content) == pytest.approx(2 / 3)
+
+
+def test_the_tool_reports_and_changes_nothing(own_data, content, monkeypatch, capsys):
+    content["annotations"][2]["bbox"] = [1, 1, 0, 0]
+    Path(own_data[0]).write_text(json.dumps(content))
+    (Path(own_data[1]) / "3.png").unlink()
+    before = sorted(p.read_bytes() for p in Path(own_data[1]).iterdir())
+
+    def run(*flags):
+        _, options = config_of(own_data)
+        argv = ["check_dataset.py", "--config-file", CONFIG, *flags, *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        return check_dataset.main(), capsys.readouterr().out
+
+    code, out = run()
+    assert code == 0
+    for text in ("4 images", "no area: 1", "annotation 3", "missing image: 1", "anchor recall: "):
+        assert text in out
+    code, out = run("--quick")
+    assert "missing image" not in out
+    assert run("--strict")[0] == 1
+    assert sorted(p.read_bytes() for p in Path(own_data[1]).iterdir()) == before
+
+
+def test_training_leaves_bad_boxes_out_and_keeps_the_rest(own_data, content, caplog):
+    content["annotations"][2]["bbox"] = [1, 1, 0, 0]
+    content["annotations"][1]["bbox"] = [60, 5, 9, 9]
+    Path(own_data[0]).write_text(json.dumps(content))
+    cfg, _ = config_of(own_data)
+    from iou_balanced_d2.data import register_datasets_of
+
+    register_datasets_of(cfg)
+    dicts = load_training_dicts(cfg)
+    assert [Path(d["file_name"]).stem for d in dicts] == ["0", "1", "3"]
+    assert {d["dataset_name"] for d in dicts} == {"own"}
+    assert "'own': 1 boxes of no area" in caplog.text
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(load_training_dicts(cfg)) == 4
+
+
+def test_nothing_to_train_on_is_an_error(own_data, content):
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [1, 1, 0, 0]
+    Path(own_data[0]).write_text(json.dumps(content))
+    cfg, _ = config_of(own_data)
+    from iou_balanced_d2.data import register_datasets_of
+
+    register_datasets_of(cfg)
+    with pytest.raises(UserError, match="no image has a usable box"):
+        load_training_dicts(cfg)
+
+
+def test_dicts_of_the_caller_are_not_changed():
+    annotations = [{"bbox": [0, 0, 0, 0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}]
+    dicts = [{"file_name": "a", "width": 9, "height": 9, "annotations": annotations}]
+    before = copy.deepcopy(dicts)
+    assert drop_bad_boxes(dicts, "x")[0]["annotations"] == []
+    assert dicts == before
+
+
+@pytest.mark.parametrize("error", [OSError("image file is truncated"), SyntaxError("broken PNG")])
+def test_images_that_can_not_be_used_are_named(error):
+    def mapper(_):
+        raise error
+
+    with pytest.raises(UserError, match=r"'cars': image 'a\.jpg' can't be used: .*(trunc|broken)"):
+        CheckedMapper(mapper, "cars")({"file_name": "a.jpg"})
+    with pytest.raises(UserError, match="data set 'own': image"):
+        CheckedMapper(mapper)({"file_name": "a.jpg", "dataset_name": "own"})
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="no shared/data/bccd beside the repository")
+def test_the_two_boxes_without_extent_of_a_real_folder_are_found(tmp_path):
+    from iou_balanced_d2.data import prepare_dataset, register_voc_folder
+
+    for name in ("Annotations", "ImageSets", "JPEGImages"):
+        (tmp_path / name).symlink_to(BCCD / name)
+    found = []
+    for split in ("train", "val", "test"):
+        name = f"bccd_inspected_{split}"
+        register_voc_folder(name, str(tmp_path), split)
+        prepare_dataset(name)
+        report = inspect_annotations(read_coco_json(MetadataCatalog.get(name).json_file))
+        found += report.problems.get("no area", [])
+    assert len(found) == 2
+    assert "BloodImage_00343" in found[0]
+    assert "BloodImage_00338" in found[1]
