@@ -6,7 +6,6 @@ python tools/check_dataset.py --config-file configs/Demo/retinanet_demo_iou_bala
 
 import argparse
 import sys
-import warnings
 
 from iou_balanced_d2.data import check_datasets
 from iou_balanced_d2.data.coco import read_coco_json
@@ -68,8 +67,6 @@ def print_problems(report: Report, most: int) -> None:
 
 def main() -> int:
     args = parse_arguments()
-    # From detectron2's anchor generator: nothing a user could mend.
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
     try:
         cfg = load_config(args.config_file, args.opts)
         check_datasets(cfg, training=True)

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,12 +13,15 @@ from ..errors import UserError
 from .coco import check_image_folder, class_names, read_coco_json, register_datasets_of
 from .conversion import is_converted, prepare_dataset
 from .demo import ensure_demo_datasets
-from .inspection import PROBLEMS, inspect_annotations, inspect_images
+from .inspection import PROBLEMS, anchor_recall, inspect_annotations, inspect_images
 from .voc import check_difficult_policy
 
 # Problems that no training can work around; the others leave out a box, or nothing.
 _FATAL = ("unknown category", "duplicate id")
 _MOST_NAMED = 5
+# A detector whose anchors miss more than this share of the boxes can't learn to place them.
+_LOW_RECALL = 0.7
+_RECALL_IMAGES = 100
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +47,23 @@ def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -
     for name in dict.fromkeys(names):
         _check_registered(name)
         prepare_dataset(name)
+        if name.startswith("iou_balanced_demo_"):
+            ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
         # detectron2's data sets and the drawn one are trusted.
         trusted = name not in own and not is_converted(name)
         try:
-            classes = _check(name, read=read_images or not trusted, read_images=read_images)
+            if trusted and not read_images:
+                classes = _check_known(name)
+            else:
+                classes = _check_content(cfg, name, read_images=read_images)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
 
 
-def _check(name: str, *, read: bool, read_images: bool) -> list[str]:
-    """Check a data set's files, draw it if it is the demo's, and return its classes."""
+def _check_known(name: str) -> list[str]:
+    """Check that the files of a trusted data set are there; return its classes."""
     metadata = MetadataCatalog.get(name)
-    if name.startswith("iou_balanced_demo_"):
-        ensure_demo_datasets(str(Path(metadata.json_file).parents[2]))
-    if read:
-        return _check_files(metadata.json_file, metadata.image_root, read_images=read_images)
     for kind in ("json_file", "image_root"):
         path = metadata.get(kind)
         if path and not os.path.exists(path):
@@ -66,23 +71,36 @@ def _check(name: str, *, read: bool, read_images: bool) -> list[str]:
                 f"{path!r} not found; set the environment variable DETECTRON2_DATASETS to the "
                 "folder that holds the data sets"
             )
-    return list(metadata.thing_classes)
+    return list(metadata.get("thing_classes", []))
 
 
-def _check_files(json_file: str, image_root: str, *, read_images: bool) -> list[str]:
-    """Read the annotations, and the images if asked to; return the classes."""
-    content = read_coco_json(json_file)
-    check_image_folder(image_root, content, json_file)
+def _check_content(cfg: CfgNode, name: str, *, read_images: bool) -> list[str]:
+    """Read a data set's annotations, and its images if asked to; return the classes."""
+    metadata = MetadataCatalog.get(name)
+    content = read_coco_json(metadata.json_file)
+    check_image_folder(metadata.image_root, content, metadata.json_file)
     report = inspect_annotations(content)
     for kind, places in report.problems.items():
         named = "; ".join(places[:_MOST_NAMED]) + ("; ..." if len(places) > _MOST_NAMED else "")
         if kind in _FATAL:
-            raise UserError(f"{json_file}: {len(places)} x {kind}: {named}")
-        logger.warning(f"{json_file}: {len(places)} x {kind} ({PROBLEMS[kind]}): {named}")
+            raise UserError(f"{metadata.json_file}: {len(places)} x {kind}: {named}")
+        logger.warning(f"data set {name!r}: {len(places)} x {kind} ({PROBLEMS[kind]}): {named}")
     if read_images:
-        for kind, places in inspect_images(content, image_root).problems.items():
+        for kind, places in inspect_images(content, metadata.image_root).problems.items():
             raise UserError(f"{len(places)} x {kind}: {places[0]}")
+    if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
+        _warn_anchor_recall(cfg, name, content)
     return class_names(content)
+
+
+def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:
+    share = anchor_recall(cfg, content, max_images=_RECALL_IMAGES)
+    if share < _LOW_RECALL:
+        logger.warning(
+            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU "
+            f"{cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]}; see MODEL.ANCHOR_GENERATOR.SIZES and "
+            "ASPECT_RATIOS, or train on larger images (INPUT.MIN_SIZE_TRAIN)"
+        )
 
 
 def _check_registered(name: str) -> None:

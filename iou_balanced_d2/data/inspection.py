@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -178,7 +179,12 @@ def anchor_recall(cfg: CfgNode, content: dict[str, Any], *, max_images: int = 50
     images = [image for image in content["images"] if image["id"] in boxes]
     images = images[:: max(1, math.ceil(len(images) / max_images))]
     strides = [feature.stride for feature in features]
-    matched = [_best_iou(cfg, generator, strides, image, boxes[image["id"]]) for image in images]
+    with warnings.catch_warnings():
+        # From detectron2's anchor generator: nothing a user could mend.
+        warnings.filterwarnings("ignore", message="torch.meshgrid")
+        matched = [
+            _best_iou(cfg, generator, strides, image, boxes[image["id"]]) for image in images
+        ]
     if not matched:
         return float("nan")
     best = torch.cat(matched)

@@ -3,7 +3,6 @@
 import copy
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import check_dataset
@@ -117,14 +116,12 @@ def test_anchor_recall_by_hand(content, own_data):
         strict=True,
     ):
         annotation["bbox"] = box
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
-        # At twice the size the 32 px square is 64 px, and the 8 px one 16 px: still one of three.
-        cfg.INPUT.MIN_SIZE_TRAIN = (128,)
-        assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
-        cfg.INPUT.MIN_SIZE_TRAIN = (256,)
-        assert anchor_recall(cfg, content) == pytest.approx(2 / 3)
+    assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+    # At twice the size the 32 px square is 64 px, and the 8 px one 16 px: still one of three.
+    cfg.INPUT.MIN_SIZE_TRAIN = (128,)
+    assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+    cfg.INPUT.MIN_SIZE_TRAIN = (256,)
+    assert anchor_recall(cfg, content) == pytest.approx(2 / 3)
 
 
 def test_the_tool_reports_and_changes_nothing(own_data, content, monkeypatch, capsys):
