@@ -10,12 +10,11 @@ python tools/benchmark_evaluation.py --output output/benchmark_evaluation.json
 import argparse
 import contextlib
 import io
-import multiprocessing
 import time
 from typing import Any
 
 import numpy as np
-from benchmarking import peak_extra_bytes, report
+from benchmarking import in_own_process, peak_extra_bytes, report
 from pycocotools.coco import COCO
 
 from iou_balanced_d2.evaluation import available_implementations, coco_metrics, evaluate_boxes
@@ -66,8 +65,8 @@ def draw_case(num_images: int, num_dets: int, num_classes: int) -> tuple[COCO, l
     return coco, detections
 
 
-def measure(queue: Any, name: str, *case: int) -> None:
-    """Run in a process of its own: seconds, peak of memory, and AP to compare."""
+def measure(name: str, *case: int) -> dict[str, Any]:
+    """Seconds, peak of memory, and AP to compare; in a process of its own."""
     coco, detections = draw_case(*case)
     arrays: dict[str, Any] = {}
 
@@ -78,19 +77,13 @@ def measure(queue: Any, name: str, *case: int) -> None:
     peak = peak_extra_bytes(step, "cpu")
     seconds = time.perf_counter() - start
     metrics = coco_metrics(**arrays, class_names=[str(i) for i in range(case[-1])])
-    queue.put({"s": seconds, "MiB": peak / 2**20, "AP": metrics["AP"], "AP75": metrics["AP75"]})
+    return {"s": seconds, "MiB": peak / 2**20, "AP": metrics["AP"], "AP75": metrics["AP75"]}
 
 
 def row_of(name: str, *case: int) -> dict[str, Any]:
     if name not in available_implementations():
         return {"implementation": f"{name} (not installed)"}
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure, args=(queue, name, *case))
-    process.start()
-    figures = queue.get()
-    process.join()
-    return {"implementation": name, **figures}
+    return {"implementation": name, **in_own_process(measure, name, *case)}
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ python tools/benchmark_losses.py --output output/benchmark_losses.json
 
 import argparse
 import functools
-import multiprocessing
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from iou_balanced_d2.modeling import IoUBalancedLoss
 
 # isort: split
 import torch
-from benchmarking import median_ratio, peak_extra_bytes, report, time_side_by_side
+from benchmarking import in_own_process, median_ratio, peak_extra_bytes, report, time_side_by_side
 from detectron2.modeling import RetinaNet
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
@@ -140,22 +139,12 @@ def dense_losses(case: Case) -> dict[str, Tensor]:
     return {"loss_cls": loss_cls, "loss_box_reg": loss_box}
 
 
-def memory_of(queue: Any, name: str, *case: Any) -> None:
-    """Run in a process of its own: the peak of one implementation's second step."""
+def memory_of(name: str, *case: Any) -> int:
+    """Peak of one implementation's second step; in a process of its own."""
     with EventStorage(0):
         step = getattr(Case(*case), name)
         step()
-        queue.put(peak_extra_bytes(step, case[-1]))
-
-
-def peak_memory(name: str, *case: Any) -> int:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=memory_of, args=(queue, name, *case))
-    process.start()
-    peak = queue.get()
-    process.join()
-    return peak
+        return peak_extra_bytes(step, case[-1])
 
 
 def measure(num_images: int, num_classes: int, num_pos: int, args: Any) -> dict[str, Any]:
@@ -168,7 +157,7 @@ def measure(num_images: int, num_classes: int, num_pos: int, args: Any) -> dict[
     ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     num_logits = num_images * sum(LEVEL_SIZES) * num_classes
     del case, steps
-    mib = {name: peak_memory(name, *shape) / 2**20 for name in NAMES[:3]}
+    mib = {name: in_own_process(memory_of, name, *shape) / 2**20 for name in NAMES[:3]}
     return {
         "N": num_images,
         "K": num_classes,

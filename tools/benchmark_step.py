@@ -7,7 +7,6 @@ python tools/benchmark_step.py --output output/benchmark_step.json
 """
 
 import argparse
-import multiprocessing
 import statistics
 from typing import Any
 
@@ -16,7 +15,7 @@ from iou_balanced_d2.model_zoo import get_config_file
 
 # isort: split
 import torch
-from benchmarking import median_ratio, peak_extra_bytes, report, time_side_by_side
+from benchmarking import in_own_process, median_ratio, peak_extra_bytes, report, time_side_by_side
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
@@ -64,22 +63,12 @@ class Detector:
         self.model(self.batch[:1])
 
 
-def memory_of(queue: Any, name: str, args: Any) -> None:
-    """Run in a process of its own: the peak of the second training step."""
+def memory_of(name: str, args: Any) -> int:
+    """Peak of the second training step; in a process of its own."""
     detector = Detector(DETECTORS[name], args)
     detector.train()
     detector.optimizer.zero_grad()
-    queue.put(peak_extra_bytes(detector.train, args.device))
-
-
-def peak_memory(name: str, args: Any) -> int:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=memory_of, args=(queue, name, args))
-    process.start()
-    peak = queue.get()
-    process.join()
-    return peak
+    return peak_extra_bytes(detector.train, args.device)
 
 
 def main() -> None:
@@ -92,7 +81,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()
-    peaks = {name: peak_memory(name, args) / 2**20 for name in DETECTORS}
+    peaks = {name: in_own_process(memory_of, name, args) / 2**20 for name in DETECTORS}
     detectors = {name: Detector(arch, args) for name, arch in DETECTORS.items()}
     rows = []
     for what in ("train", "infer"):

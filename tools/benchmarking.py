@@ -2,11 +2,13 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,13 @@ def peak_extra_bytes(step: Step, device: str) -> int:
     before = _status_bytes("VmRSS")
     step()
     return _status_bytes("VmHWM") - before
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a module's function in a fresh process and return its result."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        return executor.submit(function, *args).result()
 
 
 def _status_bytes(field: str) -> int:

@@ -88,3 +88,21 @@ def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
     content = json.loads((tmp_path / "out/figures.json").read_text())
     assert content["rows"] == rows
     assert content["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("benchmark_losses.py", ["--quick", "--repeats", "1"]),
+        ("benchmark_step.py", ["--num-images", "1", "--height", "64", "--width", "64"]),
+        ("benchmark_evaluation.py", ["--images", "50"]),
+    ],
+)
+def test_the_scripts_run(script, options, tmp_path):
+    tools = Path(benchmarking.__file__).parent
+    output = tmp_path / "figures.json"
+    command = [sys.executable, str(tools / script), *options, "--output", str(output)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(output.read_text())["rows"]
