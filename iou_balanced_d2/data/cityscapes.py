@@ -18,6 +18,7 @@ The rules, those of Cityscapes' own label images where these have one:
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +183,7 @@ def parse_cityscapes_json(path: str, text: bytes) -> CityscapesScene:
 
 
 def visible_boxes(
-    objects: list[tuple[str, NDArray[np.float64]]], *, height: int, width: int
+    objects: Sequence[tuple[str, NDArray[Any]]], *, height: int, width: int
 ) -> CityscapesScene:
     """Draw polygons over each other and bound what is seen of each thing.
 

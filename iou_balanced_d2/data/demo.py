@@ -117,7 +117,7 @@ def draw_scene(index: int, spec: DemoSpec = DEMO_SPEC) -> DemoScene:
     """
     rng = np.random.default_rng((spec.seed, index))
     canvas = _background(rng, spec.size)
-    owner = np.full((spec.size, spec.size), -1, dtype=np.int32)
+    owner: Array = np.full((spec.size, spec.size), -1, dtype=np.int32)
     areas: list[float] = []
     labels: list[int] = []
     for _ in range(int(rng.integers(2, spec.max_objects + 1))):
