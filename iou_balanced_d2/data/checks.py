@@ -44,6 +44,7 @@ def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -
     key = "DATASETS.TRAIN" if training else "DATASETS.TEST"
     if not getattr(cfg.DATASETS, key.split(".")[1]):
         raise UserError(f"{key} is empty: name at least one data set")
+    known: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         _check_registered(name)
         prepare_dataset(name)
@@ -59,6 +60,18 @@ def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
+        _check_same_classes(known, name, classes)
+
+
+def _check_same_classes(known: dict[str, list[str]], name: str, classes: list[str]) -> None:
+    """Classes are told apart by their place in the list: one list for all data sets of a run."""
+    for other, expected in known.items():
+        if classes and expected and classes != expected:
+            raise UserError(
+                f"data sets {other!r} and {name!r} have different classes, or in another order: "
+                f"{', '.join(expected[:8])} against {', '.join(classes[:8])}"
+            )
+    known[name] = classes
 
 
 def _check_known(name: str) -> list[str]:

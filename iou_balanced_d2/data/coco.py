@@ -99,7 +99,19 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
                 raise UserError(
                     f"{json_file}: not in COCO format: {section}[{i}] has no {min(missing)!r}"
                 )
+    for i, annotation in enumerate(content["annotations"]):
+        if not _is_box(annotation["bbox"]):
+            raise UserError(
+                f"{json_file}: annotations[{i}]: bbox must be 4 numbers (x, y, width, height), got "
+                f"{annotation['bbox']!r}"
+            )
     return content
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    )
 
 
 def class_names(content: dict[str, Any]) -> list[str]:

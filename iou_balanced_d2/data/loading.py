@@ -42,7 +42,9 @@ def load_training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if not dicts:
         raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box")
-    print_instances_class_histogram(dicts, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    # That all data sets have the same classes is checked before the launch (check_datasets).
+    if classes := MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes"):
+        print_instances_class_histogram(dicts, classes)
     return dicts
 
 

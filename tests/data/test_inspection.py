@@ -209,3 +209,17 @@ def test_the_two_boxes_without_extent_of_a_real_folder_are_found(tmp_path):
     assert len(found) == 2
     assert "BloodImage_00343" in found[0]
     assert "BloodImage_00338" in found[1]
+
+
+def test_data_sets_of_one_run_must_have_the_same_classes(own_data, content, tmp_path):
+    from iou_balanced_d2.data import check_datasets
+
+    content["categories"] = [{"id": 9, "name": "square"}, {"id": 7, "name": "circle"}]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    entries = (("own", *own_data), ("other_order", str(other), own_data[1]))
+    cfg, _ = config_of(own_data, "DATASETS.COCO_JSON", repr(entries))
+    check_datasets(cfg, training=True)
+    cfg.DATASETS.TRAIN = ("own", "other_order")
+    with pytest.raises(UserError, match="'own' and 'other_order' have different classes"):
+        check_datasets(cfg, training=True)

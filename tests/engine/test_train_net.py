@@ -55,6 +55,12 @@ def spoil_json(tmp_path, text):
     (tmp_path / "annotations.json").write_text(text)
 
 
+def edit_json(tmp_path, change):
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    change(content)
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+
+
 def spoiled(function, *args):
     """An entry of BAD_INPUT that changes files of the data set, given its folder."""
     return lambda folder: function(folder, *args)
@@ -119,6 +125,11 @@ BAD_INPUT = {
         [],
         spoiled(spoil_json, '{"images": [{"id": 1}]}'),
         "images[0] has no 'file_name'",
+    ),
+    "odd box": (
+        [],
+        lambda p: edit_json(p, lambda c: c["annotations"][2].update(bbox=[1, 2, None, 4])),
+        "annotations[2]: bbox must be 4 numbers (x, y, width, height), got [1, 2, None, 4]",
     ),
     "no image folder": (
         [],
