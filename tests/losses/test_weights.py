@@ -51,8 +51,8 @@ def test_cls_weights_keep_the_sum_and_grow_with_iou(case, eta):
     assert torch.isfinite(weights).all()
     torch.testing.assert_close((weights * loss).sum(), loss.sum(), rtol=1e-4, atol=1e-6)
     order = torch.argsort(iou)
-    # Equal IoUs may differ in the last bit: the power is vectorised but for the last few rows.
-    rounding = 4 * torch.finfo(weights.dtype).eps * weights[order][1:]
+    # Equal IoUs may differ by rounding: the power is vectorised but for the last few rows.
+    rounding = 1e-5 * weights[order][1:]
     assert (weights[order].diff() >= -rounding).all()
 
 
