@@ -1,0 +1,181 @@
+"""A protocol carried out: complete runs are skipped, those cut off go on, several run at once."""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .held_out import hold_out
+from .protocol import MeanOf, Protocol, Settings, references
+from .runs import Run
+
+_CORES_PER_RUN = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of a protocol below one folder.
+
+    Attributes:
+        protocol: what to run.
+        output: folder of ``<data set>/<variant>/seed<n>``.
+        train_script: train_net.py.
+        at_once: how many runs at the same time.
+    """
+
+    protocol: Protocol
+    output: Path
+    train_script: Path
+    at_once: int
+
+    def carry_out(self) -> dict[str, dict[str, list[Run]]]:
+        """Run what is not complete yet.
+
+        Returns:
+            the runs by data set and variant.
+
+        Raises:
+            UserError: if runs have failed, naming them, after all others are through.
+        """
+        data_sets = {name: self._judged_by(name) for name in self.protocol.data_sets}
+        chosen = {name: self._choose(name) for name in data_sets}
+        runs: dict[str, dict[str, list[Run]]] = {name: {} for name in data_sets}
+        # First the variants that need no other one's numbers.
+        for dependent in (False, True):
+            for name, base in data_sets.items():
+                for variant, settings in self.protocol.variants.items():
+                    if bool(references(settings)) == dependent:
+                        runs[name][variant] = [
+                            self._run(name, variant, seed, base | chosen[name], runs[name])
+                            for seed in self.protocol.seeds
+                        ]
+            everything = [r for of in runs.values() for group in of.values() for r in group]
+            self._execute(everything)
+        return runs
+
+    def _judged_by(self, name: str) -> Settings:
+        """The data set's settings, judged by a part held out where the protocol says so."""
+        settings, share = self.protocol.data_sets[name], self.protocol.held_out
+        if not share:
+            return settings
+        return hold_out(self.protocol.config, settings, share, self._folder(name, "data"))
+
+    def _run(
+        self, name: str, variant: str, seed: int, base: Settings, known: dict[str, list[Run]]
+    ) -> Run:
+        def resolve(value: Any) -> Any:
+            if not isinstance(value, MeanOf):
+                return value
+            other = known[value.variant][self.protocol.seeds.index(seed)]
+            return round(other.mean(value.scalar), 4)
+
+        own = {key: resolve(value) for key, value in self.protocol.variants[variant].items()}
+        return Run(
+            name=f"{name}/{variant}/seed{seed}",
+            folder=self._folder(name, variant) / f"seed{seed}",
+            config=self.protocol.config,
+            settings=base | own | {"SEED": seed},
+        )
+
+    def _folder(self, *names: str) -> Path:
+        return self.output.joinpath(*(name.replace("/", "_").replace(" ", "_") for name in names))
+
+    def _choose(self, name: str) -> Settings:
+        """The best of the options on the part held out, by the mean AP over the seeds."""
+        choice = self.protocol.choose
+        if choice is None:
+            return {}
+        base = hold_out(
+            self.protocol.config,
+            self.protocol.data_sets[name],
+            choice.held_out,
+            self._folder(name, "data"),
+        )
+        variant = self.protocol.variants[choice.variant]
+        folder = self._folder(name, "choose")
+        options = [
+            [
+                Run(
+                    name=f"{name}/choose/{_label(option)}/seed{seed}",
+                    folder=folder / _label(option) / f"seed{seed}",
+                    config=self.protocol.config,
+                    settings=base | variant | option | {"SEED": seed},
+                )
+                for seed in choice.seeds
+            ]
+            for option in choice.options
+        ]
+        self._execute([run for runs in options for run in runs])
+        means = [sum(final_ap(run) for run in runs) / len(runs) for runs in options]
+        for option, mean in zip(choice.options, means, strict=True):
+            print(f"{name}: {_label(option)}: AP {mean:.2f} on the part held out")
+        best = choice.options[means.index(max(means))]
+        print(f"{name}: chosen: {_label(best)}")
+        return best
+
+    def _execute(self, runs: Sequence[Run]) -> None:
+        """Run those that are not complete, ``at_once`` of them at a time."""
+        for run in runs:
+            run.prepare()
+        waiting = [run for run in runs if not run.complete]
+        threads = max(1, len(os.sched_getaffinity(0)) // self.at_once)
+        environment = {"OMP_NUM_THREADS": str(threads)}
+        stop = threading.Event()
+
+        def execute(run: Run) -> int | None:
+            return (
+                None if stop.is_set() else _told(run, run.execute(self.train_script, environment))
+            )
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            results = [pool.submit(execute, run) for run in waiting]
+            try:
+                codes = [result.result() for result in results]
+            except BaseException:
+                stop.set()
+                raise
+        failed = [run for run, code in zip(waiting, codes, strict=True) if code != 0]
+        if failed:
+            where = ", ".join(str(run.folder / "console.txt") for run in failed)
+            raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
+
+
+def _told(run: Run, exit_code: int) -> int:
+    minutes = run.record["seconds"] / 60
+    print(f"{run.name}: {'done' if exit_code == 0 else 'FAILED'} ({minutes:.1f} min)", flush=True)
+    return exit_code
+
+
+def _label(option: Settings) -> str:
+    return "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in option.items())
+
+
+def final_ap(run: Run) -> float:
+    """AP in percent of the last evaluation, the mean over the test sets where there are several."""
+    path = run.folder / "metrics.json"
+    names = [name for name in _last_names(path) if name == "bbox/AP" or name.endswith("/bbox/AP")]
+    if not names:
+        raise UserError(f"{path} has no bbox/AP")
+    return sum(run.scalars(name)[-1] for name in names) / len(names)
+
+
+def _last_names(path: Path) -> set[str]:
+    import json
+
+    return {name for line in path.read_text().splitlines() for name in json.loads(line)}
+
+
+def how_many_at_once(memory_gib: float) -> int:
+    """How many runs fit: into the GPU's free memory or the machine's, and on the cores."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0)) // _CORES_PER_RUN
+    return max(1, min(int(free / 2**30 / memory_gib), cores))

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Carry out a protocol: data sets x variants x seeds, each a run of train_net.py, and compare.
+
+python tools/reproduce.py tools/protocols/cpu.yaml --data ../data --weights R-50.pkl
+
+Run it again after an interruption: complete runs are skipped, the others go on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.experiments.experiment import Experiment, how_many_at_once
+from iou_balanced_d2.experiments.protocol import load_protocol
+
+TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "train_net.py"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("protocol", help="YAML file, see iou_balanced_d2/experiments/protocol.py")
+    parser.add_argument("--data", default=".", help='what "{data}" in the protocol stands for')
+    parser.add_argument("--weights", default="", help="MODEL.WEIGHTS of all runs")
+    parser.add_argument("--output", help="folder of the runs; output/<protocol> if not given")
+    parser.add_argument("--at-once", type=int, help="runs at the same time; else what memory holds")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        protocol = load_protocol(args.protocol, data=args.data, weights=args.weights)
+        output = Path(args.output or f"output/{protocol.name}").resolve()
+        at_once = args.at_once or how_many_at_once(protocol.memory_gib)
+        Experiment(protocol, output, TRAIN_SCRIPT, at_once).carry_out()
+    except UserError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
