@@ -7,6 +7,7 @@ Run it again after an interruption: complete runs are skipped, the others go on.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    # An exception ends the runs; the signal by itself would leave them behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         protocol = load_protocol(args.protocol, data=args.data, weights=args.weights)
         output = Path(args.output or f"output/{protocol.name}").resolve()

@@ -1,7 +1,7 @@
 """A protocol carried out: complete runs are skipped, those cut off go on, several run at once."""
 
 import os
-import threading
+import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError
 from .held_out import hold_out
 from .protocol import MeanOf, Protocol, Settings, references
-from .runs import Run
+from .runs import Run, num_cores
 
 _CORES_PER_RUN = 2
 
@@ -55,8 +55,7 @@ class Experiment:
                             self._run(name, variant, seed, base | chosen[name], runs[name])
                             for seed in self.protocol.seeds
                         ]
-            everything = [r for of in runs.values() for group in of.values() for r in group]
-            self._execute(everything)
+            self._execute(_seed_by_seed(runs))
         return runs
 
     def _judged_by(self, name: str) -> Settings:
@@ -112,7 +111,7 @@ class Experiment:
             for option in choice.options
         ]
         self._execute([run for runs in options for run in runs])
-        means = [sum(final_ap(run) for run in runs) / len(runs) for runs in options]
+        means = [sum(run.final_ap for run in runs) / len(runs) for runs in options]
         for option, mean in zip(choice.options, means, strict=True):
             print(f"{name}: {_label(option)}: AP {mean:.2f} on the part held out")
         best = choice.options[means.index(max(means))]
@@ -124,21 +123,20 @@ class Experiment:
         for run in runs:
             run.prepare()
         waiting = [run for run in runs if not run.complete]
-        threads = max(1, len(os.sched_getaffinity(0)) // self.at_once)
-        environment = {"OMP_NUM_THREADS": str(threads)}
-        stop = threading.Event()
-
-        def execute(run: Run) -> int | None:
-            return (
-                None if stop.is_set() else _told(run, run.execute(self.train_script, environment))
-            )
-
+        environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // self.at_once))}
+        processes: list[subprocess.Popen[bytes]] = []
         with ThreadPoolExecutor(self.at_once) as pool:
-            results = [pool.submit(execute, run) for run in waiting]
+            results = [
+                pool.submit(_execute, run, self.train_script, environment, processes.append)
+                for run in waiting
+            ]
             try:
                 codes = [result.result() for result in results]
             except BaseException:
-                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in processes:
+                    if process.returncode is None:
+                        process.terminate()
                 raise
         failed = [run for run, code in zip(waiting, codes, strict=True) if code != 0]
         if failed:
@@ -146,29 +144,21 @@ class Experiment:
             raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
 
 
-def _told(run: Run, exit_code: int) -> int:
+def _execute(run: Run, *how: Any) -> int:
+    exit_code = run.execute(*how)
     minutes = run.record["seconds"] / 60
     print(f"{run.name}: {'done' if exit_code == 0 else 'FAILED'} ({minutes:.1f} min)", flush=True)
     return exit_code
 
 
+def _seed_by_seed(runs: dict[str, dict[str, list[Run]]]) -> list[Run]:
+    """All variants with the first seed, then with the second: cut off early, they compare still."""
+    groups = [group for variants in runs.values() for group in variants.values()]
+    return [run for seed in zip(*groups, strict=True) for run in seed]
+
+
 def _label(option: Settings) -> str:
     return "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in option.items())
-
-
-def final_ap(run: Run) -> float:
-    """AP in percent of the last evaluation, the mean over the test sets where there are several."""
-    path = run.folder / "metrics.json"
-    names = [name for name in _last_names(path) if name == "bbox/AP" or name.endswith("/bbox/AP")]
-    if not names:
-        raise UserError(f"{path} has no bbox/AP")
-    return sum(run.scalars(name)[-1] for name in names) / len(names)
-
-
-def _last_names(path: Path) -> set[str]:
-    import json
-
-    return {name for line in path.read_text().splitlines() for name in json.loads(line)}
 
 
 def how_many_at_once(memory_gib: float) -> int:
@@ -177,5 +167,5 @@ def how_many_at_once(memory_gib: float) -> int:
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cores = len(os.sched_getaffinity(0)) // _CORES_PER_RUN
+    cores = num_cores() // _CORES_PER_RUN
     return max(1, min(int(free / 2**30 / memory_gib), cores))

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,23 @@ class Run:
         command = [sys.executable, str(train_script), "--config-file", str(self.config_file)]
         return [*command, "--resume"] if (self.folder / "last_checkpoint").is_file() else command
 
-    def execute(self, train_script: Path, environment: Mapping[str, str]) -> int:
-        """Train and evaluate; returns the exit code. Killed with this process's interruption."""
-        command, before = self.command(train_script), self.record
-        start = time.monotonic()
+    def execute(
+        self,
+        train_script: Path,
+        environment: Mapping[str, str],
+        started: Callable[[subprocess.Popen[bytes]], None],
+    ) -> int:
+        """Train and evaluate.
+
+        Args:
+            train_script: train_net.py.
+            environment: variables to set.
+            started: called with the process, so that it can be ended.
+
+        Returns:
+            the exit code.
+        """
+        command, before, start = self.command(train_script), self.record, time.monotonic()
         with open(self.folder / "console.txt", "a") as console:
             process = subprocess.Popen(
                 command,
@@ -98,18 +111,14 @@ class Run:
                 stdout=console,
                 stderr=subprocess.STDOUT,
             )
-            try:
-                _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
-        process.returncode = exit_code = os.waitstatus_to_exitcode(status)
+            started(process)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         record = {
             "name": self.name,
             "command": command,
             "settings": self.settings,
-            "exit_code": exit_code,
+            "exit_code": process.returncode,
             "attempts": before.get("attempts", 0) + 1,
             "seconds": before.get("seconds", 0.0) + time.monotonic() - start,
             "peak_memory_mib": max(before.get("peak_memory_mib", 0), usage.ru_maxrss / 1024),
@@ -119,20 +128,17 @@ class Run:
         temporary = self.folder / "run.json.tmp"
         temporary.write_text(json.dumps(record, indent=1))
         os.replace(temporary, self.folder / "run.json")
-        return exit_code
+        return process.returncode
 
     def scalars(self, name: str) -> list[float]:
         """The values of a scalar that the training has logged, in their order."""
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            return []
         # A resumed run logs the iterations after its checkpoint again: the last value counts.
-        values = {}
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if name in entry:
-                values[entry["iteration"]] = entry[name]
-        return [values[iteration] for iteration in sorted(values)]
+        logged = {entry["iteration"]: entry[name] for entry in self._log() if name in entry}
+        return [logged[iteration] for iteration in sorted(logged)]
+
+    def _log(self) -> list[dict[str, float]]:
+        path = self.folder / "metrics.json"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def mean(self, name: str) -> float:
         """The mean of a scalar over the training.
@@ -144,6 +150,19 @@ class Run:
         if not values:
             raise UserError(f"{self.folder / 'metrics.json'} has no scalar {name!r}")
         return float(np.mean(values))
+
+    @property
+    def final_ap(self) -> float:
+        """AP in percent of the last evaluation, the mean over the test sets if there are several.
+
+        Raises:
+            UserError: if there was no evaluation.
+        """
+        names = {name for entry in self._log() for name in entry}
+        sets = [name for name in names if name == "bbox/AP" or name.endswith("/bbox/AP")]
+        if not sets:
+            raise UserError(f"{self.folder / 'metrics.json'} has no bbox/AP")
+        return float(np.mean([self.scalars(name)[-1] for name in sets]))
 
 
 def versions() -> dict[str, str]:
@@ -158,6 +177,13 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The device a run uses by default, and the cores."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "processor": platform.processor() or platform.machine(),
-            "cores": len(os.sched_getaffinity(0))}  # fmt: skip
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processor": platform.processor() or platform.machine(),
+        "cores": num_cores(),
+    }
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))

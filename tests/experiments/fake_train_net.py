@@ -1,0 +1,30 @@
+"""Stands in for train_net.py: logs what an experiment reads, in milliseconds."""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--config-file", required=True)
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+config = yaml.safe_load(Path(args.config_file).read_text())
+output = Path(config["OUTPUT_DIR"])
+with open(output / "calls.txt", "a") as calls:
+    calls.write("resumed\n" if args.resume else "started\n")
+broken = config.get("MODEL", {}).get("IOU_BALANCED", {}).get("LOC_WEIGHT") == 666.0
+if broken and not args.resume:
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    raise SystemExit("it broke")
+rate = config.get("SOLVER", {}).get("BASE_LR", 0.01)
+entries = [
+    {"iteration": 19, "iou_balanced/loc_mean_weight": 9.0},
+    # Logged again after a resume.
+    {"iteration": 19, "iou_balanced/loc_mean_weight": 1.0 + config["SEED"]},
+    {"iteration": 39, "iou_balanced/loc_mean_weight": 2.0 + config["SEED"]},
+    {"iteration": 39, "bbox/AP": 50 - abs(rate - 0.02) * 1000},
+]
+with open(output / "metrics.json", "a") as log:
+    log.writelines(json.dumps(entry) + "\n" for entry in entries)

@@ -1,0 +1,179 @@
+"""Carrying out a protocol, with a training script that takes no time."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.experiments.experiment import Experiment
+from iou_balanced_d2.experiments.held_out import hold_out
+from iou_balanced_d2.experiments.protocol import Choice, MeanOf, Protocol
+
+FAKE = Path(__file__).parent / "fake_train_net.py"
+WEIGHT = "MODEL.IOU_BALANCED.LOC_WEIGHT"
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A training set of ten images with two objects each."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}", "width": 9, "height": 9} for i in range(10)],
+        "annotations": [
+            {"id": 2 * i + j, "image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2]}
+            for i in range(10)
+            for j in range(2)
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    name = f"experiment_{tmp_path.name}"
+    return {
+        "DATASETS.COCO_JSON": [[name, str(tmp_path / "train.json"), str(tmp_path)]],
+        "DATASETS.TRAIN": [name],
+        "DATASETS.TEST": ["never_looked_at"],
+    }
+
+
+@pytest.fixture
+def experiment(tmp_path, coco):
+    def make(**changes):
+        (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+        protocol = {
+            "name": "toy",
+            "description": "",
+            "config": tmp_path / "detector.yaml",
+            "data_sets": {"set": coco},
+            "variants": {"loc": {}, "control": {WEIGHT: MeanOf(SCALAR, "loc")}, "x y/z": {}},
+            "seeds": [1, 2],
+            "memory_gib": 1.0,
+        }
+        return Experiment(Protocol(**(protocol | changes)), tmp_path / "runs", FAKE, at_once=2)
+
+    return make
+
+
+SCALAR = "iou_balanced/loc_mean_weight"
+
+
+def calls(folder):
+    return (folder / "calls.txt").read_text().split()
+
+
+def test_each_run_is_made_once_in_a_folder_of_its_own(experiment, tmp_path, capsys):
+    runs = experiment().carry_out()
+    assert {v: [r.complete for r in rs] for v, rs in runs["set"].items()} == {
+        "loc": [True, True], "x y/z": [True, True], "control": [True, True]
+    }  # fmt: skip
+    assert "set/loc/seed1: done" in capsys.readouterr().out
+    folder = tmp_path / "runs/set/x_y_z/seed2"
+    assert calls(folder) == ["started"]
+    assert yaml.safe_load((folder / "run.yaml").read_text())["SEED"] == 2
+    record = json.loads((folder / "run.json").read_text())
+    assert record["command"][1:3] == [str(FAKE), "--config-file"]
+    assert record["versions"].keys() >= {"torch", "detectron2"}
+    assert record["seconds"] > 0
+    assert record["peak_memory_mib"] > 1
+    experiment().carry_out()
+    assert calls(folder) == ["started"], "a complete run is skipped"
+
+
+def test_the_controls_constant_is_the_mean_of_the_same_seed(experiment):
+    control = experiment().carry_out()["set"]["control"]
+    # (1 + seed + 2 + seed) / 2; the value before the resume does not count.
+    assert [run.settings[WEIGHT] for run in control] == [2.5, 3.5]
+
+
+def test_a_run_that_broke_is_named_and_goes_on(experiment, tmp_path):
+    broken = experiment(variants={"loc": {}, "bad": {WEIGHT: 666.0}})
+    with pytest.raises(UserError, match=r"2 of 4 runs failed: see .*bad/seed1/console.txt"):
+        broken.carry_out()
+    folder = tmp_path / "runs/set/bad/seed1"
+    assert "it broke" in (folder / "console.txt").read_text()
+    broken.carry_out()
+    assert calls(folder) == ["started", "resumed"]
+    assert json.loads((folder / "run.json").read_text())["attempts"] == 2
+    assert calls(tmp_path / "runs/set/loc/seed1") == ["started"]
+
+
+def test_a_run_with_other_settings_is_not_mixed_in(experiment):
+    experiment().carry_out()
+    with pytest.raises(UserError, match=r"seed1 holds a run with other settings .*delete it, or"):
+        experiment(variants={"loc": {"SOLVER.BASE_LR": 0.5}}).carry_out()
+
+
+def test_the_best_option_is_chosen_without_the_test_data(experiment, tmp_path, capsys):
+    options = [{"SOLVER.BASE_LR": rate} for rate in (0.01, 0.02, 0.04)]
+    choose = Choice(variant="loc", held_out=0.3, seeds=[7, 8], options=options)
+    runs = experiment(choose=choose).carry_out()
+    assert "set: chosen: BASE_LR=0.02" in capsys.readouterr().out
+    assert all(run.settings["SOLVER.BASE_LR"] == 0.02 for run in runs["set"]["control"])
+    trial = yaml.safe_load((tmp_path / "runs/set/choose/BASE_LR=0.01/seed7/run.yaml").read_text())
+    (held_out,) = trial["DATASETS"]["TEST"]
+    assert held_out.endswith("-held_out")
+    final = yaml.safe_load((tmp_path / "runs/set/loc/seed1/run.yaml").read_text())
+    assert final["DATASETS"]["TEST"] == ["never_looked_at"]
+
+
+def test_the_held_out_part_is_drawn_once_and_leaves_the_rest(tmp_path, coco):
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    settings = hold_out(tmp_path / "detector.yaml", coco, 0.3, tmp_path / "parts")
+    files = {name: json.loads(Path(f).read_text()) for name, f, _ in settings["DATASETS.COCO_JSON"]}
+    rest, held_out = files[settings["DATASETS.TRAIN"][0]], files[settings["DATASETS.TEST"][0]]
+    ids = [{image["id"] for image in part["images"]} for part in (rest, held_out)]
+    assert (len(ids[0]), len(ids[1])) == (7, 3)
+    assert ids[0] | ids[1] == set(range(10))
+    for part, images in zip((rest, held_out), ids, strict=True):
+        assert {a["image_id"] for a in part["annotations"]} == images
+        assert len(part["annotations"]) == 2 * len(images)
+    assert hold_out(tmp_path / "detector.yaml", coco, 0.3, tmp_path / "parts") == settings
+
+
+def test_too_few_images_to_hold_out(tmp_path, coco):
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    with pytest.raises(UserError, match="10 images, too few to hold out 1%"):
+        hold_out(tmp_path / "detector.yaml", coco, 0.01, tmp_path / "parts")
+
+
+def test_an_end_from_outside_ends_the_runs(tmp_path):
+    """``kill`` on tools/reproduce.py leaves no training behind."""
+    script = tmp_path / "train_net.py"
+    script.write_text(
+        "import os, pathlib, sys, time, yaml\n"
+        "config = yaml.safe_load(open(sys.argv[2]))\n"
+        "pathlib.Path(config['OUTPUT_DIR'], 'pid').write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "toy.yaml").write_text(
+        "{description: d, config: detector.yaml, data_sets: {s: {}}, variants: {v: {}}, "
+        "seeds: [1], memory_gib: 1}"
+    )
+    code = (
+        "import pathlib, sys, reproduce\n"
+        f"reproduce.TRAIN_SCRIPT = pathlib.Path({str(script)!r})\n"
+        "sys.exit(reproduce.main())"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code, "toy.yaml", "--output", "out", "--at-once", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={"PYTHONPATH": f"{root}:{root / 'tools'}", "PATH": ""}
+    )
+    pid_file = tmp_path / "out/s/v/seed1/pid"
+    wait_for(lambda: pid_file.exists() and pid_file.read_text(), seconds=120)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    pid = pid_file.read_text()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), seconds=30)
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)

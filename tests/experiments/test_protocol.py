@@ -1,0 +1,113 @@
+"""Reading protocols: what they say, and one line for what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.experiments.protocol import MeanOf, load_protocol
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {
+    "description": "what for",
+    "config": "detector.yaml",
+    "data_sets": {"toy": {"DATASETS.TRAIN": ["{data}/a", ["{data}/b"]]}},
+    "variants": {"baseline": {"MODEL.IOU_BALANCED.CLS_ETA": 0.0}},
+    "seeds": [1, 2],
+    "memory_gib": 1,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+        content = {k: v for k, v in (MINIMAL | changes).items() if v is not None}
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(tmp_path / "toy.yaml")
+
+    return write
+
+
+def test_a_protocol_is_read(write, tmp_path):
+    protocol = load_protocol(write(), data=str(tmp_path / "sets"), weights="w.pkl")
+    assert (protocol.name, protocol.seeds, protocol.held_out) == ("toy", [1, 2], 0.0)
+    assert protocol.config == tmp_path / "detector.yaml"
+    assert protocol.choose is None
+    assert protocol.data_sets["toy"] == {
+        "DATASETS.TRAIN": [f"{tmp_path}/sets/a", [f"{tmp_path}/sets/b"]],
+        "MODEL.WEIGHTS": str(Path("w.pkl").resolve()),
+    }
+
+
+def test_grids_become_variants(write):
+    protocol = load_protocol(write(grids={"powers": {"A.ETA": [0.5, 1.0], "A.LAMBDA": [0.0, 2.0]}}))
+    assert list(protocol.variants) == [
+        "baseline",
+        "powers ETA=0.5 LAMBDA=0.0",
+        "powers ETA=0.5 LAMBDA=2.0",
+        "powers ETA=1.0 LAMBDA=0.0",
+        "powers ETA=1.0 LAMBDA=2.0",
+    ]
+    assert protocol.variants["powers ETA=0.5 LAMBDA=2.0"] == {"A.ETA": 0.5, "A.LAMBDA": 2.0}
+
+
+def test_a_value_may_be_another_variants_mean(write):
+    control = {"KEY": {"mean_of": "scalar", "variant": "baseline"}}
+    protocol = load_protocol(write(variants=MINIMAL["variants"] | {"control": control}))
+    assert protocol.variants["control"] == {"KEY": MeanOf("scalar", "baseline")}
+
+
+CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, r"toy.yaml: seeds: expected different whole numbers, got \[1, 1\]"),
+        ({"seeds": []}, "seeds: expected different"),
+        ({"seeds": 3}, "seeds: expected a list, got 3"),
+        ({"memory_gib": True}, "memory_gib: expected a int or float"),
+        ({"held_out": 1.0}, "held_out: expected a share"),
+        ({"description": None}, "description: expected a str, got None"),
+        ({"sedes": [1]}, "sedes: unknown; known are choose, config"),
+        ({"config": "other.yaml"}, "config: .*other.yaml not found"),
+        ({"variants": {}}, "variants: expected at least one"),
+        ({"variants": {"a": 3}}, "variants.a: expected config keys, got 3"),
+        ({"variants": {"a": {"K": {"mean_of": "s", "variant": "b"}}}}, "variants.a: 'b' is not a"),
+        ({"grids": {"g": {"K": 1}}}, "grids.g: expected config keys with lists"),
+        ({"choose": CHOOSE | {"held_out": 0}}, "choose.held_out: expected a share above 0"),
+        ({"choose": CHOOSE | {"options": [1]}}, "choose.options: expected a list of config keys"),
+        ({"choose": CHOOSE | {"variant": "x"}}, "choose.variant: no variant 'x'"),
+        ({"choose": CHOOSE | {"extra": 1}}, "choose.extra: unknown"),
+    ],
+)
+def test_what_is_wrong_is_named(write, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_protocol(write(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml: can't be read: No such file"):
+        load_protocol(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"bad.yaml: while parsing"):
+        load_protocol(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(UserError, match=r"list.yaml: expected a mapping"):
+        load_protocol(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tools/protocols/*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_protocols_set_keys_that_exist(path):
+    protocol = load_protocol(str(path))
+    for data_set in protocol.data_sets.values():
+        for variant in protocol.variants.values():
+            settings = {k: v for k, v in (data_set | variant).items() if not isinstance(v, MeanOf)}
+            options = [
+                x for k, v in settings.items() for x in (k, v if isinstance(v, str) else repr(v))
+            ]
+            load_config(str(protocol.config), options)
