@@ -31,8 +31,8 @@ from ..errors import UserError
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "iou_balanced_cache"
-_BAR_FROM = 500  # files; fewer are read before a bar could be looked at
-_READERS = 16  # threads; they wait for the disk, so more than there are cores
+_MANY = 500  # files; fewer are read before threads pay, or a bar could be looked at
+_READERS = 8  # threads; they wait for the disk, so more than there are cores
 _AHEAD = 64  # files
 
 Result = TypeVar("Result")
@@ -271,7 +271,7 @@ def stamp(path: str) -> list[int]:
 def map_files(
     parse: Callable[[str, bytes], Result], paths: Sequence[str], *, title: str
 ) -> list[Result]:
-    """Parse files, reading ahead of it with threads; a bar shows the progress of many.
+    """Parse files; of many, reading ahead with threads, and with a bar that shows the progress.
 
     Waiting for many small files, above all on a network's disk, is what takes long. Parsing them in
     threads as well was no faster when measured (they wait for the interpreter's lock), and
@@ -288,10 +288,11 @@ def map_files(
     Raises:
         UserError: if a file can't be read; and what ``parse`` raises.
     """
-    # None: a bar on a terminal, none in a log file.
-    hidden = True if len(paths) < _BAR_FROM else None
+    if len(paths) < _MANY:
+        return [parse(path, _read(path)) for path in paths]
     files = zip(paths, _read_ahead(paths), strict=True)
-    bar = tqdm(files, total=len(paths), desc=title, unit="file", disable=hidden)
+    # disable=None: a bar on a terminal, none in a log file.
+    bar = tqdm(files, total=len(paths), desc=title, unit="file", disable=None)
     return [parse(path, content) for path, content in bar]
 
 

@@ -156,7 +156,9 @@ def _draw_and_log(root: str) -> None:
 def test_two_processes_draw_it_once(tmp_path):
     # fork: a spawned process would import torch again, for seconds.
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_draw_and_log, args=(str(tmp_path),)) for _ in range(2)]
+    processes = [
+        context.Process(target=_draw_and_log, args=(str(tmp_path),), daemon=True) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
