@@ -14,6 +14,7 @@ from pathlib import Path
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment, how_many_at_once
 from iou_balanced_d2.experiments.protocol import load_protocol
+from iou_balanced_d2.experiments.results import write_results
 
 TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "train_net.py"
 
@@ -36,7 +37,12 @@ def main() -> int:
         protocol = load_protocol(args.protocol, data=args.data, weights=args.weights)
         output = Path(args.output or f"output/{protocol.name}").resolve()
         at_once = args.at_once or how_many_at_once(protocol.memory_gib)
-        Experiment(protocol, output, TRAIN_SCRIPT, at_once).carry_out()
+        experiment = Experiment(protocol, output, TRAIN_SCRIPT, at_once)
+        for data_set, runs in experiment.carry_out().items():
+            comparison = write_results(protocol, data_set, runs, output / data_set)
+            print(f"\n{data_set}, against {comparison.sides[0].name}:")
+            print("\n".join(comparison.verdicts()))
+            print(f"The report is {output / data_set / 'results.md'}")
     except UserError as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,128 @@
+"""What came out of an experiment: the comparison, what the runs measured, and how to repeat it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from ..analysis.alignment import analyze
+from ..analysis.alignment_data import read_detections, read_ground_truth
+from ..analysis.comparison import Comparison, compare_sides
+from ..analysis.runs import load_side
+from .protocol import Protocol
+from .runs import Run
+
+# Scalars of a run's log: name -> how a run is summed up in one number.
+_SCALARS = {
+    "iou_balanced/w_loc": "last",
+    "iou_balanced/loc_mean_weight": "mean",
+    "iou_balanced/mean_pos_iou": "last",
+    "time": "median",
+}
+_HEADERS = (
+    "variant",
+    "w_loc",
+    "mean weight of the box loss",
+    "IoU of positives at the end",
+    "score-IoU correlation (Pearson)",
+    "s/iteration",
+    "peak memory of the process (MiB)",
+)
+
+
+def write_results(
+    protocol: Protocol, data_set: str, runs: Mapping[str, Sequence[Run]], folder: Path
+) -> Comparison:
+    """Compare the variants on one data set, and write the report.
+
+    Writes what :meth:`Comparison.write` writes, ``results.md`` (protocol, comparison, what the runs
+    measured) and ``results.json`` (all numbers, and each run's command, seed, versions, hardware
+    and time).
+
+    Args:
+        protocol: what was run.
+        data_set: its name in the protocol.
+        runs: complete runs of each variant, at least two variants.
+        folder: of the files.
+
+    Returns:
+        the comparison with the first variant.
+
+    Raises:
+        UserError: if the runs' files are missing or broken.
+    """
+    comparison = compare_sides({name: [r.folder for r in group] for name, group in runs.items()})
+    comparison.write(folder)
+    measured = {name: [measures(run) for run in group] for name, group in runs.items()}
+    text = "\n\n".join(
+        [
+            f"# {protocol.name}: {data_set}",
+            f"## Protocol\n\n{protocol.description}",
+            f"Seeds: {', '.join(map(str, protocol.seeds))}.",
+            comparison.markdown().replace("\n#", "\n##").removeprefix("#"),
+            f"## What the runs measured (means over seeds)\n\n{_table(measured)}",
+        ]
+    )
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    content = {
+        "protocol": protocol.name,
+        "description": protocol.description,
+        "data_set": data_set,
+        "comparison": comparison.to_json(),
+        "runs": {
+            name: [
+                run.record | {"measured": m} for run, m in zip(group, measured[name], strict=True)
+            ]
+            for name, group in runs.items()
+        },
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return comparison
+
+
+def measures(run: Run) -> dict[str, float | None]:
+    """What one run measured beside its AP; None for what it did not log.
+
+    Returns:
+        by scalar name; "score_iou_correlation", Pearson's, of the detections that match an object
+        at IoU .5, the mean over test sets; "peak_memory_mib".
+    """
+    how: dict[str, Callable[[list[float]], Any]] = {
+        "last": lambda values: values[-1],
+        "mean": np.mean,
+        "median": np.median,
+    }
+    found: dict[str, float | None] = {}
+    for name, summary in _SCALARS.items():
+        values = run.scalars(name)
+        found[name] = float(how[summary](values)) if values else None
+    found["score_iou_correlation"] = _correlation(run)
+    found["peak_memory_mib"] = run.record.get("peak_memory_mib")
+    return found
+
+
+def _correlation(run: Run) -> float | None:
+    (loaded,) = load_side("", [run.folder]).runs
+    values = []
+    for name, annotations in loaded.ground_truth.items():
+        ground_truth = read_ground_truth(annotations.path)
+        detections = read_detections(loaded.detections[name], ground_truth)
+        values.append(analyze(ground_truth, detections).results["correlation"]["pearson"])
+    defined = [value for value in values if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else None
+
+
+def _table(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    names = [*list(_SCALARS)[:3], "score_iou_correlation", "time", "peak_memory_mib"]
+    formats = [".2f", ".2f", ".2f", ".2f", ".3f", ".0f"]
+    rows = []
+    for variant, runs in measured.items():
+        cells = [variant]
+        for name, form in zip(names, formats, strict=True):
+            values = [run[name] for run in runs if run[name] is not None]
+            cells.append(format(np.mean(values), form) if values else "-")
+        rows.append(cells)
+    return tabulate(rows, _HEADERS, tablefmt="pipe", disable_numparse=True)
