@@ -75,9 +75,9 @@ def evaluate_boxes(
         KeyError: if the implementation is not available.
     """
     name = implementation or choose_implementation(coco)
-    evaluation_class = _ignoring_difficult(available_implementations()[name])
+    evaluation_class = ignoring_difficult(available_implementations()[name])
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = evaluation_class(coco, _load_results(coco, results), "bbox")
+        evaluation = evaluation_class(coco, load_results(coco, results), "bbox")
         evaluation.params.maxDets = list(max_dets)
         if img_ids is not None:
             evaluation.params.imgIds = list(img_ids)
@@ -86,8 +86,16 @@ def evaluate_boxes(
     return {key: evaluation.eval[key] for key in ("precision", "recall")}
 
 
-def _load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
-    """Wrap the detections; pycocotools' loadRes fails when there are none."""
+def load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
+    """Wrap detections in COCO's format; pycocotools' loadRes fails when there are none.
+
+    Args:
+        coco: the ground truth.
+        results: the detections; fields are added to them.
+
+    Returns:
+        them in the form that COCOeval takes.
+    """
     if results:
         return coco.loadRes(results)
     empty = COCO()
@@ -96,13 +104,19 @@ def _load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
     return empty
 
 
-def _ignoring_difficult(base: Any) -> Any:
+def ignoring_difficult(base: Any) -> Any:
     """A subclass of an implementation of COCOeval that ignores difficult objects as VOC does.
 
     COCOeval knows two kinds of ignored objects: out of the range of area, with plain IoU but for
     one detection only, and crowds, for any number of detections but with the intersection over the
     *detection's* area for IoU. A difficult object is no crowd while IoUs are computed, and one when
     detections are matched. All implementations first compute the IoUs, then match.
+
+    Args:
+        base: an implementation of COCOeval.
+
+    Returns:
+        the subclass. It leaves difficult annotations marked as crowds.
     """
 
     class Evaluation(base):

@@ -62,7 +62,8 @@ def write_results(
             f"# {protocol.name}: {data_set}",
             f"## Protocol\n\n{protocol.description}",
             f"Seeds: {', '.join(map(str, protocol.seeds))}.",
-            comparison.markdown().replace("\n#", "\n##").removeprefix("#"),
+            # One level below this report's own title.
+            "#" + comparison.markdown().replace("\n#", "\n##").strip(),
             f"## What the runs measured (means over seeds)\n\n{_table(measured)}",
         ]
     )

@@ -1,0 +1,241 @@
+"""Numbers that say what the score knows of the box: bins, correlation, calibration, AP, ceilings.
+
+Letters: T IoU thresholds, B bins, K classes, D detections.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .alignment_data import Detections, GroundTruth
+from .alignment_matching import IGNORED, MIN_IOU, RIGHT, BestIoU, Pairs, match_by_score
+
+Array = NDArray[Any]
+
+IOU_PERCENT = tuple(range(50, 100, 5))
+IOU_BINS = 20
+SCORE_BINS = 10
+WELL_PLACED = 0.5
+_RECALLS = np.linspace(0, 1, 101)
+
+
+def bins_of(values: Array, num_bins: int) -> Array:
+    """Bin of each value in [0, 1], (D,) int64; the last bin includes 1."""
+    return np.floor(values * num_bins).astype(np.int64).clip(0, num_bins - 1)
+
+
+def iou_bins(iou: Array, scores: Array) -> dict[str, Array]:
+    """The paper's Figs. 2 and 3: detections by the IoU of their box.
+
+    Args:
+        iou: (D,) best IoU of each detection.
+        scores: (D,).
+
+    Returns:
+        (20,) each: "count"; "share" of all detections; "mean_score", NaN in empty bins.
+    """
+    place = bins_of(iou, IOU_BINS)
+    count = np.bincount(place, minlength=IOU_BINS)
+    total = np.bincount(place, weights=scores, minlength=IOU_BINS)
+    return {
+        "count": count,
+        "share": count / max(len(iou), 1),
+        "mean_score": _ratio(total, count),
+    }
+
+
+def density(iou: Array, scores: Array) -> Array:
+    """Number of detections by IoU (rows) and score (columns), (20, 20) int64."""
+    place = bins_of(iou, IOU_BINS) * IOU_BINS + bins_of(scores, IOU_BINS)
+    return np.bincount(place, minlength=IOU_BINS**2).reshape(IOU_BINS, IOU_BINS)
+
+
+def calibration(scores: Array, right: Array) -> dict[str, Any]:
+    """Reliability of the score as the probability to be right.
+
+    Args:
+        scores: (D,) in [0, 1].
+        right: (D,) bool.
+
+    Returns:
+        (10,) each: "count", "mean_score" and "share_right" by bins of the score, NaN in empty
+        bins; and "ece", the expected calibration error: their mean distance, weighted by the
+        count; NaN without detections.
+    """
+    place = bins_of(scores, SCORE_BINS)
+    count = np.bincount(place, minlength=SCORE_BINS)
+    score = np.bincount(place, weights=scores, minlength=SCORE_BINS)
+    hits = np.bincount(place, weights=right, minlength=SCORE_BINS)
+    return {
+        "count": count,
+        "mean_score": _ratio(score, count),
+        "share_right": _ratio(hits, count),
+        "ece": float(np.abs(score - hits).sum() / len(scores)) if len(scores) else float("nan"),
+    }
+
+
+def correlations(x: Array, y: Array) -> dict[str, float]:
+    """Pearson's, Spearman's and Kendall's (tau-b) correlation of two (D,) arrays.
+
+    Returns:
+        by name, with "count" D; NaN where one of the arrays is constant.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return {
+        "count": len(x),
+        "pearson": _pearson(x, y),
+        "spearman": _pearson(_ranks(x), _ranks(y)),
+        "kendall": _kendall(x, y),
+    }
+
+
+def _pearson(x: Array, y: Array) -> float:
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1].clip(-1, 1))
+
+
+def _ranks(x: Array) -> Array:
+    """Rank of each value; equal values get the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def _kendall(x: Array, y: Array) -> float:
+    """tau-b: (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y)."""
+    n = len(x)
+    pairs = n * (n - 1) // 2
+    both = np.unique(np.stack([x, y]), axis=1, return_counts=True)[1] if n else np.zeros(0)
+    tied_x, tied_y, tied = (
+        int((c * (c - 1) // 2).sum())
+        for c in (np.unique(x, return_counts=True)[1], np.unique(y, return_counts=True)[1], both)
+    )
+    untied = (pairs - tied_x) * (pairs - tied_y)
+    if untied == 0:
+        return float("nan")
+    discordant = _inversions(y[np.lexsort((y, x))])
+    concordant = pairs - tied_x - tied_y + tied - discordant
+    return (concordant - discordant) / float(untied) ** 0.5
+
+
+def _inversions(y: Array) -> int:
+    """Number of pairs i < j with y_i > y_j; merge sort, all blocks of one size at a time."""
+    rank = np.unique(y, return_inverse=True)[1].astype(np.int64)
+    n, width, count = len(rank), 1, 0
+    index = np.arange(n)
+    while width < n:
+        block = index // (2 * width)
+        # Within each block: the left half's elements stay before the right half's equal ones.
+        order = np.argsort(block * n + rank, kind="stable")
+        is_right = (order // width) % 2 == 1
+        # A right element passes all the left ones that stand behind it.
+        left_before = (~is_right).cumsum()
+        left_total = left_before[np.minimum((block + 1) * 2 * width, n) - 1]
+        count += int((left_total - left_before)[is_right].sum())
+        rank, width = rank[order], 2 * width
+    return count
+
+
+def average_precision(right: Array, num_objects: int) -> float:
+    """COCO's AP of one class: the mean of the precision's envelope at 101 points of recall.
+
+    Args:
+        right: (D,) bool, best score first, without ignored detections.
+        num_objects: number of objects to find.
+
+    Returns:
+        AP in [0, 1]; NaN without objects.
+    """
+    if num_objects == 0:
+        return float("nan")
+    hits = right.cumsum()
+    precision = hits / np.arange(1, len(hits) + 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    places = np.searchsorted(hits / num_objects, _RECALLS, side="left")
+    return float(envelope[places].mean())
+
+
+def class_aps(
+    ground_truth: GroundTruth, detections: Detections, outcome: Array, *, right_first: bool = False
+) -> Array:
+    """AP of each threshold and class.
+
+    Args:
+        ground_truth: the objects.
+        detections: the detections.
+        outcome: (T, D) of :func:`match_by_score`.
+        right_first: as if every right detection had a higher score than every wrong one.
+
+    Returns:
+        (T, K) float64 in [0, 1]; NaN for classes without objects.
+    """
+    num_objects = ground_truth.num_objects()
+    aps = np.full((len(outcome), len(num_objects)), np.nan)
+    for k, number in enumerate(num_objects):
+        # A class is one run of rows, in the order of images; as COCO, equal scores stay in it.
+        rows = slice(*np.searchsorted(detections.label, (k, k + 1)))
+        order = np.argsort(-detections.scores[rows], kind="stable")
+        for t, of_class in enumerate(outcome[:, rows]):
+            counted = of_class[order]
+            right = counted[counted != IGNORED] == RIGHT
+            aps[t, k] = average_precision(np.sort(right)[::-1] if right_first else right, number)
+    return aps
+
+
+def perfectly_placed(
+    ground_truth: GroundTruth, detections: Detections, pairs: Pairs, best: BestIoU
+) -> Array:
+    """Outcome (1, D), at any IoU threshold, if each box was that of the object it is about.
+
+    In the order of scores each detection takes the best free object of its image and class with
+    an IoU of at least .1, and that object's box. What then is left over of detections that are
+    about an object is ignored: its box would be one of those taken, so NMS would remove it.
+
+    Args:
+        ground_truth: the objects.
+        detections: the detections.
+        pairs: of :func:`find_pairs`.
+        best: of :func:`best_iou`.
+    """
+    outcome, _ = match_by_score(ground_truth, detections, pairs, [MIN_IOU])
+    outcome[:, (outcome[0] != RIGHT) & (best.iou >= MIN_IOU)] = IGNORED
+    return outcome
+
+
+def ap_summary(aps: Array, thresholds: Sequence[int] = IOU_PERCENT) -> dict[str, float]:
+    """AP (the mean) and AP50, ... AP95 in percent from (T, K); NaN without any object."""
+    defined = aps[:, ~np.isnan(aps[0])]
+    means = 100 * defined.mean(axis=1) if defined.size else np.full(len(aps), np.nan)
+    return {"AP": float(means.mean())} | {
+        f"AP{t}": float(m) for t, m in zip(thresholds, means, strict=True)
+    }
+
+
+def outranked_objects(detections: Detections, best: BestIoU) -> dict[str, Array]:
+    """Objects with a well-placed box (IoU .5 or more), and the box that the score prefers.
+
+    A detection is one of an object if that is the object it overlaps most, at IoU .1 or more.
+
+    Args:
+        detections: the detections.
+        best: of :func:`best_iou`.
+
+    Returns:
+        one entry an object: "gt" its row; "top" the row of its best-scored detection, "placed"
+        that of its best-placed one (the same where the score is right); int64 each.
+    """
+    about = np.flatnonzero((best.iou >= MIN_IOU) & ~best.ignored)
+    gt, iou, score = best.gt[about], best.iou[about], detections.scores[about]
+    by_score = about[np.lexsort((-iou, -score, gt))]
+    by_iou = about[np.lexsort((-score, -iou, gt))]
+    objects, first = np.unique(np.sort(gt), return_index=True)
+    top, placed = by_score[first], by_iou[first]
+    well = best.iou[placed] >= WELL_PLACED
+    return {"gt": objects[well], "top": top[well], "placed": placed[well]}
+
+
+def _ratio(total: Array, count: Array) -> Array:
+    """Quotient (B,) of two sums, NaN where the count is 0."""
+    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)

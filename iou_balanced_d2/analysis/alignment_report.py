@@ -1,0 +1,242 @@
+"""The alignment report: one HTML page, its figures and alignment.json."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..data import prepare_dataset
+from ..errors import UserError
+from .alignment import Alignment, analyze
+from .alignment_data import GroundTruth, read_detections, read_ground_truth
+from .alignment_figures import (
+    draw_ap,
+    draw_calibration,
+    draw_classes,
+    draw_density,
+    draw_score_by_iou,
+    draw_share_by_iou,
+)
+from .alignment_measures import IOU_PERCENT
+from .alignment_pictures import draw_cases, misplaced_cases, outranked_cases
+from .page import Page
+
+_MOST_PICTURES = 8
+
+RULES = {
+    "COCO's matching": "Used for AP, the ceilings, the correlation and the calibration. Of each "
+    "image and class the 100 best-scored detections, in the order of their scores, take the free "
+    "object with the largest IoU, if that reaches the threshold (.5 for the correlation). Those "
+    "that take an object are right, the others wrong. Detections on crowds and difficult objects "
+    "are left out.",
+    "Best IoU": "Used for score and share by IoU, the density and the pictures. The IoU of each "
+    "detection is the largest with any object of its image and class, whatever its score and "
+    "whatever the others have taken; 0 without any overlap. Detections that overlap a crowd or a "
+    "difficult object more than any other one are left out.",
+    "Perfect ranking": "At each threshold all right detections come before all wrong ones, as if "
+    "the score was the true IoU and duplicates came last. What is missing to 100 was not "
+    "found, or not placed well enough. The gap to AP is what a better score could win.",
+    "Perfect placing": "In the order of scores each detection takes the box of the free object "
+    "of its class that it overlaps most, at IoU .1 or more; others on the same object are taken "
+    "out, as NMS would. AP is then the same at all thresholds. The gap to AP is what better boxes "
+    "could win.",
+}
+
+
+def write_alignment_report(
+    ground_truth: str,
+    detections: Mapping[str, str],
+    output_dir: str,
+    *,
+    image_root: str | None = None,
+) -> dict[str, Any]:
+    """Analyse one or several detectors on a data set and write the report.
+
+    Args:
+        ground_truth: JSON file in COCO's instance format.
+        detections: name of the detector -> JSON file in COCO's result format.
+        output_dir: folder for index.html, alignment.json, the figures (PNG and SVG) and, in
+            "pictures", the worst cases; made if need be.
+        image_root: folder of the images; None for no pictures.
+
+    Returns:
+        the content of alignment.json: name -> numbers.
+
+    Raises:
+        UserError: naming the file that is missing or broken, or the folder.
+    """
+    objects = read_ground_truth(ground_truth)
+    _check_images(objects, image_root, ground_truth)
+    analyses = {
+        name: analyze(objects, read_detections(file, objects)) for name, file in detections.items()
+    }
+    output = Path(output_dir)
+    try:
+        (output / "pictures" if image_root else output).mkdir(parents=True, exist_ok=True)
+        results = {name: a.results for name, a in analyses.items()}
+        content = _plain({name: {"file": detections[name], **r} for name, r in results.items()})
+        text = json.dumps(content, indent=1)
+        (output / "alignment.json").write_text(text + "\n", encoding="utf-8")
+        page = _page(results, output, Path(ground_truth).name)
+        if image_root is None:
+            page.text("No pictures of the worst cases: the folder of the images was not given.")
+        else:
+            _add_pictures(page, objects, analyses, image_root, output / "pictures")
+        page.write(output / "index.html")
+    except OSError as error:
+        raise UserError(f"{output_dir!r} can't be written: {error.strerror}") from error
+    return content
+
+
+def dataset_files(data_set: str) -> dict[str, Any]:
+    """The arguments ``ground_truth`` and ``image_root`` of the report for a registered data set.
+
+    Args:
+        data_set: its name.
+
+    Returns:
+        the two arguments; ``image_root`` is None where the folder is not there.
+
+    Raises:
+        UserError: if the data set is not registered or has no JSON file.
+    """
+    if data_set not in DatasetCatalog:
+        raise UserError(f"data set {data_set!r} is not registered: name its JSON file")
+    prepare_dataset(data_set)
+    metadata = MetadataCatalog.get(data_set)
+    if not metadata.get("json_file"):
+        raise UserError(f"data set {data_set!r} has no JSON file to compare with")
+    root = metadata.get("image_root")
+    found = root if root and os.path.isdir(root) else None
+    return {"ground_truth": metadata.json_file, "image_root": found}
+
+
+def _check_images(ground_truth: GroundTruth, image_root: str | None, json_file: str) -> None:
+    if image_root is None:
+        return
+    if not os.path.isdir(image_root):
+        raise UserError(f"image folder {image_root!r} not found")
+    first = ground_truth.images[0]["file_name"] if ground_truth.images else ""
+    if not os.path.exists(os.path.join(image_root, first)):
+        raise UserError(f"image {first!r} of {json_file} is not in the folder {image_root!r}")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays as lists, NaN as None: what JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) -> Page:
+    """The page up to the pictures."""
+    page = Page("Does the score know how good the box is?")
+    first = next(iter(results.values()))
+    counts = ", ".join(f"{r['num_detections']} of {name}" for name, r in results.items())
+    page.text(
+        f"{data_set}: {first['num_images']} images, {first['num_objects']} objects. "
+        f"Detections: {counts}."
+    )
+    _add_ap(page, results, output)
+    _add_alignment(page, results, output)
+    page.heading("Is the score a probability?")
+    page.text(
+        "A calibrated score lies on the diagonal: of the detections with score .7, 70 % are "
+        "right. ECE is the mean distance from it, weighted by the number of detections."
+    )
+    page.figure(draw_calibration(results, output / "calibration.png"), "Calibration curves")
+    _add_classes(page, results, output)
+    page.heading("Rules")
+    for name, text in RULES.items():
+        page.text(f"{name}. {text}")
+    return page
+
+
+def _add_ap(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
+    page.heading("What there is to win")
+    page.text(
+        "AP as it is, AP if the scores ranked the boxes perfectly, and AP if the boxes were placed "
+        "perfectly. The IoU-balanced classification loss works on the first gap, the IoU-balanced "
+        "box loss on the second."
+    )
+    rows = []
+    for name, result in results.items():
+        kinds = {"": result["ap"], ", perfect ranking": result["ceilings"]["perfect_ranking"]}
+        kinds[", perfect placing"] = result["ceilings"]["perfect_placing"]
+        for text, ap in kinds.items():
+            rows.append([name + text, *(ap[key] for key in ("AP", "AP50", "AP75", "AP90"))])
+    page.table(["", "AP", "AP50", "AP75", "AP90"], rows)
+    page.figure(draw_ap(results, output / "ap.png"), f"AP at IoU .{IOU_PERCENT[0]} to .95")
+
+
+def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
+    page.heading("Score and IoU")
+    page.text(
+        "Correlation of the score with the IoU, over the right detections at IoU .5; and the "
+        "objects with a well-placed box (IoU .5 or more) that a worse-placed one outranks, with "
+        "the IoU that this costs."
+    )
+    rows = []
+    for name, result in results.items():
+        found, wrong = result["correlation"], result["outranked"]
+        outranked = f"{wrong['objects_outranked']} of {wrong['objects_detected']}"
+        numbers = [found[key] for key in ("pearson", "spearman", "kendall")]
+        rows.append([name, found["count"], *numbers, outranked, wrong["mean_iou_lost"]])
+    headers = ["", "right", "Pearson", "Spearman", "Kendall", "outranked", "mean IoU lost"]
+    page.table(headers, rows, digits=3)
+    page.text("Mean score of the detections by the IoU of their box (the paper's Fig. 2):")
+    page.figure(draw_score_by_iou(results, output / "score_by_iou.png"), "Mean score by IoU")
+    page.text("Share of the detections by the IoU of their box (the paper's Fig. 3):")
+    page.figure(draw_share_by_iou(results, output / "share_by_iou.png"), "Share by IoU")
+    page.text("How many detections there are of each IoU and score:")
+    page.figure(draw_density(results, output / "density.png"), "Density of score and IoU")
+
+
+def _add_classes(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
+    page.heading("By class")
+    page.figure(draw_classes(results, output / "classes.png"), "Mean score by IoU, by class")
+    rows = [
+        [class_name, *([name] if len(results) > 1 else []), of_class["num_objects"]]
+        + [of_class["ap"][key] for key in ("AP", "AP50", "AP75", "AP90")]
+        + [f"{of_class['correlation']['spearman']:.2f}".replace("nan", "–")]
+        for class_name in next(iter(results.values()))["classes"]
+        for name, result in results.items()
+        for of_class in [result["classes"][class_name]]
+    ]
+    detector = ["detector"] if len(results) > 1 else []
+    headers = ["class", *detector, "objects", "AP", "AP50", "AP75", "AP90", "Spearman"]
+    page.table(headers, rows)
+
+
+def _add_pictures(
+    page: Page,
+    ground_truth: GroundTruth,
+    analyses: Mapping[str, Alignment],
+    image_root: str,
+    folder: Path,
+) -> None:
+    kinds = {
+        "misplaced": (misplaced_cases, "high score, low IoU", "Orange: the detection."),
+        "outranked": (
+            outranked_cases,
+            "a well-placed box outranked",
+            "Orange: the best-scored box of the object; blue: a better-placed one.",
+        ),
+    }
+    for i, (name, alignment) in enumerate(analyses.items()):
+        for kind, (find, title, legend) in kinds.items():
+            page.heading(f"{name}: {title}")
+            cases = find(alignment, _MOST_PICTURES)
+            files, captions = draw_cases(
+                ground_truth, alignment, cases, image_root, folder / f"{kind}_{i}"
+            )
+            page.text(f"{legend} White, dashed: the object." if files else "None.")
+            page.tiles(files, captions)

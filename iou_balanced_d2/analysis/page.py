@@ -1,0 +1,89 @@
+"""One HTML page that holds its own figures."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+_STYLE = """
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff;
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+p { max-width: 48rem; } img { max-width: 100%; height: auto; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; } .tiles figure { margin: 0; width: 20rem; }
+figcaption { font-size: .85rem; color: #444; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
+"""
+
+
+class Page:
+    """A page, filled from top to bottom; all text given is plain text."""
+
+    def __init__(self, title: str):
+        """Start the page.
+
+        Args:
+            title: its title and headline.
+        """
+        self._title = escape(title)
+        self._parts: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def figure(self, file: Path, description: str) -> None:
+        """Add a PNG or JPEG at full width; the description is for those who can't see it."""
+        self._parts.append(f"<p>{_image(file, description)}</p>")
+
+    def tiles(self, files: Sequence[Path], captions: Sequence[str]) -> None:
+        """Add small pictures side by side, each with its caption."""
+        tiles = [
+            f"<figure>{_image(file, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+            for file, caption in zip(files, captions, strict=True)
+        ]
+        self._parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 1) -> None:
+        """Add a table; numbers are rounded to so many digits, NaN is a dash."""
+        shown = [[_cell(value, digits) for value in row] for row in rows]
+        table = tabulate(shown, headers, tablefmt="html", disable_numparse=True)
+        self._parts.append(f'<div class="scroll">{table}</div>')
+
+    def link(self, text: str, target: str) -> None:
+        """Add a paragraph that leads to another file."""
+        self._parts.append(f'<p><a href="{escape(target)}">{escape(text)}</a></p>')
+
+    def html(self) -> str:
+        """The page; nothing it shows lies outside of it."""
+        body = "\n".join(self._parts)
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{self._title}</title><style>{_STYLE}</style></head>\n"
+            f"<body><h1>{self._title}</h1>\n{body}\n</body></html>\n"
+        )
+
+    def write(self, file: Path) -> None:
+        """Write the page to a file."""
+        file.write_text(self.html(), encoding="utf-8")
+
+
+def _image(file: Path, description: str) -> str:
+    kind = "jpeg" if file.suffix == ".jpg" else "png"
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{data}">'
+
+
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.{digits}f}"
+    return str(value)

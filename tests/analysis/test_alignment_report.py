@@ -1,0 +1,177 @@
+"""The page, its files, and the command that writes them."""
+
+import json
+import re
+import shutil
+import sys
+
+import analyze_alignment
+import cv2
+import numpy as np
+import pytest
+
+from iou_balanced_d2.analysis.alignment_figures import save_figure
+from iou_balanced_d2.analysis.alignment_report import write_alignment_report
+from iou_balanced_d2.errors import UserError
+
+from ..command import forget_own_data
+
+FIGURES = ["ap", "calibration", "classes", "density", "score_by_iou", "share_by_iou"]
+# On the squares of the fixture own_data (XYWH 8, 10 + i, 28, 30): one bad box with a high score,
+# and on image 1 one that outranks a better box.
+DETECTIONS = [
+    {"image_id": 0, "category_id": 7, "bbox": [8, 10, 28, 12], "score": 0.95},
+    {"image_id": 1, "category_id": 7, "bbox": [8, 11, 28, 20], "score": 0.9},
+    {"image_id": 1, "category_id": 7, "bbox": [8, 11, 28, 29], "score": 0.3},
+    {"image_id": 2, "category_id": 7, "bbox": [8, 12, 28, 30], "score": 0.6},
+]
+
+
+@pytest.fixture
+def detections(tmp_path):
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(DETECTIONS))
+    return str(file)
+
+
+@pytest.fixture
+def draw_fast(monkeypatch):
+    """PNG only: the SVGs take longer than all else."""
+
+    def save(figure, file):
+        figure.savefig(file, dpi=40)
+        return file
+
+    module = "iou_balanced_d2.analysis.alignment_figures.save_figure"
+    monkeypatch.setattr(module, save)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, draw_fast):
+    forget_own_data()
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["analyze_alignment.py", *map(str, args)])
+        return analyze_alignment.main()
+
+    return run
+
+
+def test_report_with_pictures(tmp_path, own_data, detections):
+    ground_truth, images = own_data
+    content = write_alignment_report(
+        ground_truth, {"a<b": detections}, str(tmp_path / "out"), image_root=images
+    )
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.glob("*.*")) == sorted(
+        ["alignment.json", "index.html", *(f"{f}.{end}" for f in FIGURES for end in ("png", "svg"))]
+    )
+    assert json.loads((out / "alignment.json").read_text()) == content
+    assert content["a<b"]["num_objects"] == 4
+    assert content["a<b"]["classes"]["circle"]["ap"]["AP"] is None, "NaN is no JSON"
+    page = (out / "index.html").read_text()
+    assert page.count("<img ") == len(FIGURES) + 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs no other file"
+    assert "a&lt;b" in page
+    assert "a<b" not in page
+    assert "0.png: square, score 0.95, IoU 0.40" in page
+    assert "1.png: square, score 0.90, IoU 0.67; better placed: score 0.30, IoU 0.97" in page
+    names = sorted(p.name for p in (out / "pictures").iterdir())
+    assert names == ["misplaced_0_1.jpg", "outranked_0_1.jpg"]
+
+
+def test_pictures_show_the_boxes(tmp_path, own_data, detections, draw_fast):
+    ground_truth, images = own_data
+    write_alignment_report(ground_truth, {"a": detections}, str(tmp_path), image_root=images)
+    picture = cv2.imread(str(tmp_path / "pictures/outranked_0_1.jpg"))[:, :, ::-1].astype(int)
+    assert max(picture.shape) == 480
+    for color in ((230, 159, 0), (86, 180, 233), (255, 255, 255)):
+        assert (np.abs(picture - color).max(axis=2) < 40).sum() > 300, color
+
+
+def test_figures_are_written_twice(tmp_path, own_data, detections):
+    from matplotlib.figure import Figure
+
+    assert save_figure(Figure(), tmp_path / "x.png") == tmp_path / "x.png"
+    assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+
+
+def test_command_with_files_of_any_framework(command, tmp_path, own_data, detections, capsys):
+    shutil.copy(detections, "other.json")
+    code = command("--ground-truth", own_data[0], "--detections", detections, "b=other.json",
+                   "--output", "out")  # fmt: skip
+    assert code == 0
+    content = json.loads((tmp_path / "out/alignment.json").read_text())
+    assert list(content) == ["found", "b"]
+    assert content["found"]["ap"] == content["b"]["ap"]
+    page = (tmp_path / "out/index.html").read_text()
+    assert "the folder of the images was not given" in page
+    assert "perfect ranking" in capsys.readouterr().out
+
+
+def test_command_with_a_run(command, tmp_path, own_config, capsys):
+    results = tmp_path / "out/inference/own"
+    results.mkdir(parents=True)
+    shutil.copy(own_config, tmp_path / "out/config.yaml")
+    (results / "coco_instances_results.json").write_text(json.dumps(DETECTIONS))
+    assert command("--run", "out") == 0
+    assert (tmp_path / "out/alignment/own/pictures/misplaced_0_1.jpg").is_file()
+    assert "Report: out/alignment/own/index.html" in capsys.readouterr().out
+
+
+def test_nothing_found_is_a_report_too(tmp_path, own_data, draw_fast):
+    (tmp_path / "none.json").write_text("[]")
+    ground_truth, images = own_data
+    content = write_alignment_report(
+        ground_truth, {"a": str(tmp_path / "none.json")}, str(tmp_path / "out"), image_root=images
+    )
+    assert content["a"]["ap"]["AP"] == 0
+    assert content["a"]["correlation"]["pearson"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "give --ground-truth and --detections, or --run"),
+        (("--run", "out", "--images", "x"), "--run brings its own files"),
+        (("--run", "out"), "config file 'out/config.yaml' not found"),
+        (("--ground-truth", "no.json", "--detections", "x.json"), "no.json: can't be read"),
+        (("--ground-truth", "GT", "--detections", "x.json"), "x.json: can't be read"),
+        (("--ground-truth", "GT", "--detections", "a=x", "a=y"), "give each a name of its own"),
+        (("--ground-truth", "GT", "--detections", "D", "--images", "no"), "folder 'no' not found"),
+        (("--ground-truth", "GT", "--detections", "D", "--images", "."), "image '0.png' of"),
+        (("--ground-truth", "GT", "--detections", "D", "--output", "GT"), "can't be written"),
+    ],
+)
+def test_mistakes_are_one_line(command, own_data, detections, args, message, capsys):
+    places = {"GT": own_data[0], "D": detections}
+    assert command(*(places.get(word, word) for word in args)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("analyze_alignment.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_runs_that_were_not_evaluated_are_named(command, tmp_path, own_config, capsys):
+    (tmp_path / "out").mkdir()
+    shutil.copy(own_config, tmp_path / "out/config.yaml")
+    assert command("--run", "out") == 2
+    assert "coco_instances_results.json not found: evaluate" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_left_out(tmp_path, own_data, detections, draw_fast, caplog):
+    ground_truth, images = own_data
+    (tmp_path / "images/1.png").write_bytes(b"no image")
+    write_alignment_report(ground_truth, {"a": detections}, str(tmp_path), image_root=images)
+    assert not (tmp_path / "pictures/outranked_0_1.jpg").exists()
+    assert (tmp_path / "pictures/misplaced_0_1.jpg").exists()
+    assert "1.png: can't be read, left out" in caplog.text
+
+
+def test_the_folder_of_images_is_checked_before_anything_is_written(tmp_path, own_data, detections):
+    with pytest.raises(UserError, match="image folder 'no' not found"):
+        write_alignment_report(
+            own_data[0], {"a": detections}, str(tmp_path / "out"), image_root="no"
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,114 @@
+"""What is found of a run, and one line for what is not."""
+
+import json
+
+import pytest
+
+from iou_balanced_d2.analysis.runs import Annotations, load_side, parse_side, read_curves
+from iou_balanced_d2.errors import UserError
+
+from ..command import forget_own_data
+from .drawn import write_run
+
+
+@pytest.fixture
+def run_directory(tmp_path, own_data):
+    """A run on own data, with the config that detectron2 writes."""
+    forget_own_data()
+    run = write_run(tmp_path / "run", "own", [])
+    (run / "config.yaml").write_text(
+        f"DATASETS:\n  TEST: [own]\n  COCO_JSON: [[own, {own_data[0]}, {own_data[1]}]]\n"
+        "  VOC_DIFFICULT: count\nMODEL:\n  OF_ANOTHER_PROJECT: 1\n"
+    )
+    yield run
+    forget_own_data()
+
+
+def test_data_sets_are_those_of_the_config(run_directory, own_data):
+    side = load_side("a", [run_directory, run_directory])
+    assert side.name == "a"
+    assert len(side.runs) == 2
+    assert side.runs[0].ground_truth == {"own": Annotations(own_data[0], "count")}
+    assert list(side.runs[0].detections) == ["own"]
+    assert side.runs[0].detections["own"].endswith("run/inference/own/coco_instances_results.json")
+
+
+def test_ground_truth_by_hand_goes_first(run_directory):
+    (run,) = load_side("a", [run_directory], {"own": "other.json"}).runs
+    assert run.ground_truth == {"own": Annotations("other.json", "count")}
+
+
+def test_a_file_of_detections():
+    (run,) = load_side("a", [__file__], {"x": "truth.json"}).runs
+    assert run.detections == {"x": __file__}
+
+
+def test_the_folder_of_detectron2s_own_scripts(tmp_path):
+    (tmp_path / "inference").mkdir()
+    file = tmp_path / "inference/coco_instances_results.json"
+    file.write_text("[]")
+    (run,) = load_side("a", [tmp_path], {"x": "truth.json"}).runs
+    assert run.detections == {"x": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config.yaml not found: name the data sets by --ground-truth"),
+        ("DATASETS: {TEST: [nowhere]}", "data set 'nowhere' is not registered"),
+        ("DATASETS: {TEST: []}", "DATASETS.TEST is empty"),
+        ("MODEL: {}", "not a run's config"),
+        ("DATASETS: [", "not a run's config"),
+        ("DATASETS: {NO_SUCH_KEY: 1}", "not a run's config"),
+        ("DATASETS: {TEST: [x], VOC_DIFFICULT: skip}", "VOC_DIFFICULT must be"),
+    ],
+)
+def test_faults_of_the_config(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(UserError, match=message) as error:
+        load_side("a", [tmp_path])
+    assert "\n" not in str(error.value)
+
+
+def test_faults_of_the_run(tmp_path, run_directory):
+    (run_directory / "inference/own/coco_instances_results.json").unlink()
+    with pytest.raises(UserError, match="evaluate the run first"):
+        load_side("a", [run_directory])
+    with pytest.raises(UserError, match="not found"):
+        load_side("a", [tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="has no run"):
+        load_side("a", [])
+    with pytest.raises(UserError, match="needs one --ground-truth NAME=FILE, got none"):
+        load_side("a", [__file__])
+
+
+def test_sides_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("both_seed1", "both_seed2", "base", "odd=name"):
+        (tmp_path / name).mkdir()
+    assert parse_side("base/") == ("base", ["base"])
+    assert parse_side("b=both_seed*") == ("b", ["both_seed1", "both_seed2"])
+    assert parse_side("both_seed2,both_seed1") == ("both", ["both_seed2", "both_seed1"])
+    assert parse_side("odd=name") == ("odd=name", ["odd=name"])
+    for text, message in (("none*", "no run fits 'none\\*'"), ("b=", "has no run")):
+        with pytest.raises(UserError, match=message):
+            parse_side(text)
+
+
+def test_curves(tmp_path, run_directory):
+    lines = [
+        {"iteration": 19, "total_loss": 2.0, "lr": 0.1},
+        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 10.0},
+        {"iteration": 39, "total_loss": 1.0, "x/bbox/AP": 11.0, "bbox/AP-cat": 3.0},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 59, "tot'
+    (run_directory / "metrics.json").write_text(text)
+    (run,) = load_side("a", [run_directory]).runs
+    assert read_curves(run) == {
+        "total_loss": [(19, 2.0), (39, 1.0)],
+        "bbox/AP": [(39, 10.0)],
+        "x/bbox/AP": [(39, 11.0)],
+    }
+    (run_directory / "metrics.json").unlink()
+    assert read_curves(run) == {}

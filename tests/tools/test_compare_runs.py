@@ -1,0 +1,167 @@
+"""The comparison of runs as a user sees it."""
+
+import json
+import re
+import sys
+
+import compare_runs
+import numpy as np
+import pytest
+
+from iou_balanced_d2.analysis import comparison as comparison_module
+from iou_balanced_d2.analysis.comparison import compare_sides
+
+from ..analysis.drawn import draw_detections, draw_truth, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ground truth, three plain runs, three better ones, and what goes wrong."""
+    folder = tmp_path_factory.mktemp("compare")
+    rng = np.random.default_rng(0)
+    coco = draw_truth(rng, 60)
+    (folder / "truth.json").write_text(json.dumps(coco.dataset))
+    for i in range(3):
+        write_run(folder / f"plain{i}", "shapes", draw_detections(rng, coco, 0.10))
+        write_run(folder / f"better{i}", "shapes", draw_detections(rng, coco, 0.04))
+    (folder / "plain0/metrics.json").write_text(
+        "".join(json.dumps({"iteration": i, "loss_cls": 1 / i}) + "\n" for i in range(20, 900, 20))
+    )
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """Run the tool in the folder; returns exit code, stdout, stderr."""
+
+    def run(*args, truth="shapes=truth.json"):
+        monkeypatch.chdir(folder)
+        argv = ["compare_runs.py", *args, "--resamples", "200", "--ground-truth", truth]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = compare_runs.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_better_side_beats_the_first(command, folder):
+    code, out, _ = command("plain*", "good=better0,better1,better2", "--output", "report")
+    assert code == 0
+    assert re.search(r"good beats plain: AP \+[\d.]+ \[[\d.]+, [\d.]+\], p (< )?\.00\d\.", out)
+    report = folder / "report"
+    names = {"comparison.md", "comparison.html", "comparison.json", "curves.png", "curves.svg"}
+    assert {f.name for f in report.iterdir()} == names | {"ap_over_iou.png", "ap_over_iou.svg"}
+    content = json.loads((report / "comparison.json").read_text())
+    plain, good = content["sides"]
+    assert [len(side["runs"]) for side in (plain, good)] == [3, 3]
+    aps = [run["metrics"]["AP"] for run in good["runs"]]
+    assert good["mean"]["AP"] == pytest.approx(np.mean(aps))
+    assert good["std"]["AP"] == pytest.approx(np.std(aps, ddof=1))
+    difference = content["differences"]["good"]["AP"]
+    assert difference["value"] == pytest.approx(good["mean"]["AP"] - plain["mean"]["AP"])
+    assert difference["low"] < difference["value"] < difference["high"]
+    assert content["differences"]["good"]["AP95"].keys() == difference.keys()
+    assert "AP-class2" in content["differences"]["good"]
+
+
+def test_the_page_holds_everything(command, folder):
+    command("plain0", "better0", "--output", "page")
+    page = (folder / "page/comparison.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 2
+    for text in ("better0 beats plain0", "AP (primary)", "One run a side", "AP-class1"):
+        assert text in page
+    markdown = (folder / "page/comparison.md").read_text()
+    assert "![AP over IoU thresholds" in markdown
+    assert "| AP75 " in markdown
+
+
+def test_a_run_against_itself(command):
+    code, out, _ = command("plain0", "same=plain0")
+    assert code == 0
+    assert "no difference could be shown: AP +0.0 [0.0, 0.0], p 1;" in out
+
+
+def test_detections_of_any_framework(command, folder):
+    files = [f"plain{i}/inference/shapes/coco_instances_results.json" for i in range(2)]
+    code, out, _ = command(f"a={files[0]}", f"b={files[1]}")
+    assert code == 0
+    _, of_runs, _ = command("a=plain0", "b=plain1")
+    assert out == of_runs
+
+
+@pytest.mark.slow  # each process imports all there is
+def test_processes_give_the_same(folder, monkeypatch):
+    sides = {"a": [folder / "plain0"], "b": [folder / "better0"]}
+    truth = {"shapes": str(folder / "truth.json")}
+    expected = compare_sides(sides, ground_truth=truth, resamples=100).to_json()
+    monkeypatch.setattr(comparison_module, "_MANY_BYTES", 0)
+    monkeypatch.setattr(comparison_module.os, "cpu_count", lambda: 2)
+    assert compare_sides(sides, ground_truth=truth, resamples=100).to_json() == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plain0"], "name at least two sides"),
+        (["plain0", "nowhere"], "run 'nowhere' not found"),
+        (["plain0", "plain0"], "two sides are called 'plain0'"),
+        (["plain0", "nothing*"], "no run fits 'nothing*'"),
+        (["plain0", "strange"], "detections of image 999, which the ground truth does not have"),
+        (["plain0", "broken"], "not a JSON file"),
+        (["plain0", "list"], "not detections in COCO format"),
+        (["plain0", "plain1", "--resamples", "5"], "5 resamples tell nothing"),
+        (["plain0", "plain1", "--ground-truth", "truth.json"], "expected NAME=FILE"),
+        (["plain0", "plain1", "--ground-truth", "more=truth.json"], "evaluate the run first"),
+    ],
+)
+def test_errors_are_one_line(command, folder, args, message):
+    detection = {"image_id": 999, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 0.5}
+    for name, text in (("strange", json.dumps([detection])), ("broken", "[{"), ("list", "[1]")):
+        run = folder / name
+        if not run.exists():
+            write_run(run, "shapes", [])
+        (run / "inference/shapes/coco_instances_results.json").write_text(text)
+    # The tool's own --resamples of the fixture comes later and would win.
+    if "--resamples" in args:
+        sides = {name: [folder / name] for name in args[:2]}
+        with pytest.raises(comparison_module.UserError, match=message):
+            compare_sides(sides, resamples=5)
+        return
+    code, _, err = command(*args)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("compare_runs.py: error: ")
+    assert message in err
+
+
+def test_sides_must_fit_together(folder, tmp_path, capsys, monkeypatch):
+    """Runs whose configs name different data sets, policies or ground truths."""
+    truth = json.loads((folder / "truth.json").read_text())
+    for name in ("one", "two"):
+        truth["images"][0]["width"] += 1
+        (tmp_path / f"{name}.json").write_text(json.dumps(truth))
+
+    def run(name, dataset, policy="ignore"):
+        path = write_run(tmp_path / name, dataset, [])
+        entry = [dataset, str(tmp_path / "one.json"), str(tmp_path)]
+        datasets = {"TEST": [dataset], "COCO_JSON": [entry], "VOC_DIFFICULT": policy}
+        (path / "config.yaml").write_text(json.dumps({"DATASETS": datasets}))
+        return str(path)
+
+    runs = [run("a", "fit_one"), run("b", "fit_two"), run("c", "fit_one", "drop")]
+    for other, message in ((runs[1], "have different data sets"), (runs[2], "treat difficult")):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", runs[0], other])
+        assert compare_runs.main() == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_report_leads_to_those_on_alignment(folder):
+    page = folder / "better1/inference/shapes/alignment/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("")
+    sides = {"a": [folder / "plain0"], "b": [folder / "better1"]}
+    truth = {"shapes": str(folder / "truth.json")}
+    comparison = compare_sides(sides, ground_truth=truth, resamples=100)
+    assert comparison.html().count(f'href="{page.as_uri()}"') == 1
+    assert f"]({page.as_uri()})" in comparison.markdown()

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Does run B really beat run A? AP with intervals, p-values and what could have been detected.
+
+A side is one run or several of the same setting, joined by commas or found by a pattern, and may
+have a name. The first side is what the others are compared with. See docs/comparing_runs.md.
+
+python tools/compare_runs.py output/baseline output/iou_balanced
+python tools/compare_runs.py 'base=output/base_seed*' 'both=output/both_seed*' --output report
+"""
+
+import argparse
+import sys
+
+from iou_balanced_d2.analysis.comparison import Comparison, compare_sides
+from iou_balanced_d2.analysis.runs import parse_side
+from iou_balanced_d2.errors import UserError
+
+# isort: split
+from tabulate import tabulate
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sides", nargs="+", metavar="[NAME=]RUN[,RUN...]",
+                        help="run directories or files of detections")  # fmt: skip
+    parser.add_argument("--ground-truth", action="append", default=[], metavar="NAME=FILE",
+                        help="annotations in COCO's format, in place of the runs' data sets; may "
+                        "be repeated")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", help="folder of the report; none by default")
+    parser.add_argument("--resamples", type=int, default=1000, help="default: 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling; default: 0")
+    return parser.parse_args()
+
+
+def sides_of(texts: list[str]) -> dict[str, list[str]]:
+    sides: dict[str, list[str]] = {}
+    for name, paths in map(parse_side, texts):
+        if name in sides:
+            raise UserError(f"two sides are called {name!r}: give names, NAME=RUN")
+        sides[name] = paths
+    return sides
+
+
+def ground_truth_of(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, sign, file) in zip(texts, pairs, strict=True):
+        if not (name and sign and file):
+            raise UserError(f"--ground-truth {text}: expected NAME=FILE")
+    return {name: file for name, _, file in pairs}
+
+
+def print_summary(comparison: Comparison) -> None:
+    names = ["AP", "AP50", "AP75", "AP90", "APs", "APm", "APl"]
+    columns = [comparison.metrics.index(name) for name in names]
+    rows = []
+    for side in comparison.sides:
+        rows.append([side.name, len(side.values), *side.mean()[columns]])
+    for name, found in comparison.differences.items():
+        rows.append([f"{name}: difference", "", *(f"{found[c].value:+.2f}" for c in columns)])
+    headers = ["", "runs", *names]
+    print(tabulate(rows, headers, tablefmt="pipe", floatfmt=".2f", disable_numparse=[0]))
+    print()
+    print("\n".join(comparison.verdicts()))
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        comparison = compare_sides(
+            sides_of(args.sides),
+            ground_truth=ground_truth_of(args.ground_truth),
+            resamples=args.resamples,
+            seed=args.seed,
+        )
+        print_summary(comparison)
+        if args.output:
+            comparison.write(args.output)
+            print(f"\nThe report is {args.output}/comparison.html")
+    except UserError as error:
+        print(f"compare_runs.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
