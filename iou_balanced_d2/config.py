@@ -46,6 +46,9 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     # The evaluation's result of which the best checkpoint is kept, as model_best.pth: "bbox/AP75",
     # with several test sets "<data set>/bbox/AP75"; or "validation/total_loss". "" = none.
     cfg.TEST.BEST_METRIC = ""
+    # With --eval-only, write a page that compares the detections' scores with their boxes' IoU, to
+    # OUTPUT_DIR/inference/<data set>/alignment.
+    cfg.TEST.ALIGNMENT_REPORT = False
     # Every so many iterations, and after the last, the losses on DATASETS.TEST are logged as
     # validation/loss_cls and so on. 0 = never.
     cfg.TEST.LOSS_PERIOD = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ["iou_balanced_d2", "configs", "projects", "requirements", "tools", "tests"]
+FOLDERS = ["iou_balanced_d2", "configs", "projects", "requirements", "tools", "demo", "tests"]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "train_net.py"]
 FILES += ["Makefile", "constraints.txt"]
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

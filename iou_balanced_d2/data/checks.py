@@ -63,6 +63,20 @@ def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -
         _check_same_classes(known, name, classes)
 
 
+def detector_node(cfg: CfgNode) -> str | None:
+    """Name of the node of ``cfg.MODEL`` that holds the detector's keys, NUM_CLASSES among them.
+
+    Returns:
+        the node whose name is part of META_ARCHITECTURE: "RETINANET" for "IoUBalancedRetinaNet";
+        None for a detector that has none, as the two-stage ones.
+    """
+    architecture = cfg.MODEL.META_ARCHITECTURE.upper()
+    for name, node in cfg.MODEL.items():
+        if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name in architecture:
+            return str(name)
+    return None
+
+
 def _check_same_classes(known: dict[str, list[str]], name: str, classes: list[str]) -> None:
     """Classes are told apart by their place in the list: one list for all data sets of a run."""
     for other, expected in known.items():
@@ -127,13 +141,14 @@ def _check_registered(name: str) -> None:
 
 
 def _check_num_classes(cfg: CfgNode, name: str, classes: list[str]) -> None:
-    if "RetinaNet" not in cfg.MODEL.META_ARCHITECTURE or not classes:
+    node = detector_node(cfg)
+    if not node or not classes:
         return
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    num_classes = cfg.MODEL[node].NUM_CLASSES
     if num_classes != len(classes):
         shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
         raise UserError(
-            f"MODEL.RETINANET.NUM_CLASSES is {num_classes}, but data set "
+            f"MODEL.{node}.NUM_CLASSES is {num_classes}, but data set "
             f"{name!r} has {len(classes)} classes ({shown}): set it to {len(classes)} "
-            "(MODEL.ROI_HEADS.NUM_CLASSES has no effect on RetinaNet)"
+            f"(MODEL.ROI_HEADS.NUM_CLASSES has no effect on {cfg.MODEL.META_ARCHITECTURE})"
         )

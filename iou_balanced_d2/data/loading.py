@@ -1,15 +1,20 @@
 """From registered data sets to training examples: bad annotations left out, bad files named."""
 
+import copy
 import logging
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
 from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
@@ -77,6 +82,57 @@ def is_good_box(annotation: dict[str, Any], width: int, height: int) -> bool:
     inside_x = min(x2, width) - max(x1, 0)
     inside_y = min(y2, height) - max(y1, 0)
     return bool(np.isfinite([x1, y1, x2, y2]).all() and inside_x > 0 and inside_y > 0)
+
+
+def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
+    """detectron2's mapper, or one with the augmentations that the detector builds itself.
+
+    A meta-architecture may have a class method ``build_augmentation(cfg, is_train)``, which gives
+    a list of detectron2's augmentations; they may read "boxes" beside "image".
+
+    Args:
+        cfg: the full config.
+        is_train: whether for training, with annotations.
+
+    Returns:
+        the mapper of one image.
+    """
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not hasattr(detector, "build_augmentation"):
+        return DatasetMapper(cfg, is_train=is_train)
+    augmentations = detector.build_augmentation(cfg, is_train)
+    return BoxMapper(cfg, is_train=is_train, augmentations=augmentations)
+
+
+class BoxMapper(DatasetMapper):
+    """detectron2's mapper of images with boxes, whose augmentations see the boxes, too."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map one dataset dict; crowds are not shown to the augmentations.
+
+        Args:
+            dataset_dict: in detectron2's form.
+
+        Returns:
+            the model's input.
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        utils.check_image_size(dataset_dict, image)
+        boxes = [
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+            for a in dataset_dict.get("annotations", ())
+            if not a.get("iscrowd", 0)
+        ]
+        inputs = T.AugInput(image, boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
+        transforms = self.augmentations(inputs)
+        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        dataset_dict["image"] = torch.as_tensor(pixels)
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, inputs.image.shape[:2])
+        return dataset_dict
 
 
 class CheckedMapper:

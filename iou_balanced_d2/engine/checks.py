@@ -12,7 +12,8 @@ from ..config import iou_balanced_args
 from ..errors import UserError
 from ..modeling import IoUBalancedLoss
 
-# detectron2's and the paper's learning rate of RetinaNet, for each image of the batch.
+# detectron2's and the paper's learning rate of RetinaNet, and detectron2's of FCOS, for each image
+# of the batch. A detector with another one says so in its `lr_per_image`.
 LR_PER_IMAGE = 0.01 / 16
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,15 @@ logger = logging.getLogger(__name__)
 def check_model(cfg: CfgNode) -> None:
     """Check the meta-architecture's name and the values of the losses' keys.
 
+    A detector that can't take all of their values has a static method ``check_loss_args``, which
+    gets the keys as arguments and raises ValueError, with the argument's name first.
+
     Raises:
         UserError: naming the key.
     """
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not known")
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     box_loss = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
     try:
         IoUBalancedLoss(
@@ -34,6 +39,8 @@ def check_model(cfg: CfgNode) -> None:
             box_reg_loss_type=box_loss,
             **iou_balanced_args(cfg),
         )
+        if hasattr(detector, "check_loss_args"):
+            detector.check_loss_args(**iou_balanced_args(cfg))
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
         keys = {"box_reg_loss_type": "MODEL.RETINANET.BBOX_REG_LOSS_TYPE"}
@@ -88,11 +95,13 @@ def warn_linear_rule(cfg: CfgNode) -> None:
     (From scratch, with normalisation in the head, other rates are right.)
     """
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
-    expected = LR_PER_IMAGE * batch
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    rate_per_image = getattr(detector, "lr_per_image", LR_PER_IMAGE)
+    expected = rate_per_image * batch
     if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
         logger.warning(
             f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: the linear rule "
-            f"(0.01 for 16 images) gives {expected:g}"
+            f"({16 * rate_per_image:g} for 16 images) gives {expected:g}"
         )
 
 

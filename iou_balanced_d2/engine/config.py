@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_iou_balanced_config
 from ..errors import UserError
+from ..projects import add_project_configs
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_iou_balanced_config(cfg)
+    add_project_configs(cfg)
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file!r} not found")
     keys = set(_flat_keys(cfg))

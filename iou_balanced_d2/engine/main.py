@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -12,7 +13,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..analysis.alignment_report import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
+from ..projects import import_projects
 from .checks import check_launch, check_model, check_output_dir, check_weights, warn_linear_rule
 from .config import choose_device, load_config
 from .trainer import Trainer
@@ -60,6 +63,8 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     """
     # From detectron2's anchor generator: nothing a user could mend.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
+    # A launched process starts without what the launching one registered.
+    import_projects()
     register_datasets_of(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_balanced_d2")
     default_setup(cfg, args)
@@ -73,6 +78,16 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     return trainer.train()
 
 
+def write_reports(cfg: CfgNode) -> None:
+    """Beside the detections of each data set, what their scores know of the boxes."""
+    for name in cfg.DATASETS.TEST:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
+        detections = {"model": os.path.join(folder, "coco_instances_results.json")}
+        report = os.path.join(folder, "alignment")
+        write_alignment_report(detections=detections, output_dir=report, **dataset_files(name))
+        logger.info(f"Alignment of scores and boxes: {os.path.join(report, 'index.html')}")
+
+
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
 
@@ -84,5 +99,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
+        if cfg.TEST.ALIGNMENT_REPORT:
+            write_reports(cfg)
         verify_results(cfg, results)
     return results

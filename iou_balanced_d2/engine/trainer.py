@@ -6,20 +6,17 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from ..data import prepare_dataset
-from ..data.loading import CheckedMapper, load_training_dicts
+from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
 from ..evaluation import BoxEvaluator
 from ..modeling import IoUBalancedLoss
 from .hooks import evaluation_hooks
+from .visualization import visualization_hooks
 
 
 class LossState:
@@ -73,18 +70,23 @@ class Trainer(DefaultTrainer):
         built = super().build_hooks()
         writers = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
         others = [hook for hook in built if hook not in writers]
-        return [*others, *evaluation_hooks(self.cfg, self.model, self.checkpointer), *writers]
+        return [
+            *others,
+            *visualization_hooks(self.cfg, self.model),
+            *evaluation_hooks(self.cfg, self.model, self.checkpointer),
+            *writers,
+        ]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
         """detectron2's loader without bad boxes; an image that can't be read is named."""
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
+        mapper = CheckedMapper(build_mapper(cfg, is_train=True))
         return build_detection_train_loader(cfg, mapper=mapper, dataset=load_training_dicts(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
         """detectron2's loader; an image that can't be read is named."""
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False), dataset_name)
+        mapper = CheckedMapper(build_mapper(cfg, is_train=False), dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

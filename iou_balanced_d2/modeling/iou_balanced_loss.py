@@ -4,6 +4,7 @@ Letters: N images, R anchors of one image over all levels, R_l on level l, K cla
 L levels. Boxes are XYXY in absolute coordinates.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 # Scalars cost a host sync: written as often as detectron2's writers print.
 _LOG_PERIOD = 20
-_EMA_START, _EMA_MOMENTUM = 100.0, 0.9  # detectron2's RetinaNet
+_EMA_MOMENTUM = 0.9  # detectron2's
 
 
 class _Sums(NamedTuple):
@@ -43,6 +44,26 @@ class _Sums(NamedTuple):
     loc: Tensor  # sum of the plain localization loss
     loc_balanced: Tensor  # sum of iou^lambda * localization loss
     iou: Tensor
+
+
+class LossSums(NamedTuple):
+    """The losses of one step before they are divided, and what they were computed of.
+
+    Attributes:
+        cls: float32 scalar, the classification loss summed over all logits (eq. 1).
+        loc: float32 scalar, the localization loss summed over the positives (eq. 3).
+        normalizer: float32 scalar, what the losses are to be divided by; no gradient.
+        positives: the P positives.
+        anchor: (P, 4), their anchors.
+        gt: (P, 4), their ground truth.
+    """
+
+    cls: Tensor
+    loc: Tensor
+    normalizer: Tensor
+    positives: Positives
+    anchor: Tensor
+    gt: Tensor
 
 
 class IoUBalancedLoss(nn.Module):
@@ -71,6 +92,7 @@ class IoUBalancedLoss(nn.Module):
         loc_weight_rule: str = "first",
         warmup_iters: int = 1000,
         normalizer: str = "ema",
+        normalizer_start: float = 100.0,
     ):
         """Set the hyper-parameters; their names are the config's keys in lower case.
 
@@ -92,6 +114,8 @@ class IoUBalancedLoss(nn.Module):
             warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
             normalizer: "ema", detectron2's moving average of the number of positives, or "batch",
                 that of this step.
+            normalizer_start: where the moving average starts: 100 in detectron2's RetinaNet, 300
+                in its FCOS.
 
         Raises:
             ValueError: if a value is out of its range; the message names the argument.
@@ -123,7 +147,9 @@ class IoUBalancedLoss(nn.Module):
             loc_weight_rule=loc_weight_rule,
             warmup_iters=warmup_iters,
         )
-        self.register_buffer("loss_normalizer", torch.tensor(_EMA_START).double(), False)
+        # Where set, called at each step with the positives' IoU and weights, (P,) each by name.
+        self.observer: Callable[[dict[str, Tensor]], None] | None = None
+        self.register_buffer("loss_normalizer", torch.tensor(normalizer_start).double(), False)
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters where detectron2 logs the model."""
@@ -151,9 +177,35 @@ class IoUBalancedLoss(nn.Module):
         Returns:
             "loss_cls" and "loss_box_reg", float32 scalars divided by the normaliser.
         """
+        sums = self.loss_sums(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        return {
+            "loss_cls": sums.cls / sums.normalizer,
+            "loss_box_reg": sums.loc / sums.normalizer,
+        }
+
+    def loss_sums(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> LossSums:
+        """What :meth:`forward` divides, for detectors that have a third loss or other names.
+
+        Args:
+            anchors: as in :meth:`forward`, and so the next four.
+            pred_logits: L tensors (N, R_l, K).
+            gt_labels: N tensors (R,).
+            pred_anchor_deltas: L tensors (N, R_l, 4).
+            gt_boxes: N tensors (R, 4).
+
+        Returns:
+            the sums and their divisor. As :meth:`forward` this moves the training state on.
+        """
         level_sizes = [len(level) for level in anchors]
         positives = find_positives(gt_labels, level_sizes, self.num_classes)
-        flat_logits = [x.reshape(-1, self.num_classes) for x in pred_logits]
+        flat_logits = [x.flatten(0, 1) for x in pred_logits]
 
         anchor = gather_anchors([level.tensor for level in anchors], positives)
         gt = gather_gt_boxes(gt_boxes, level_sizes, positives)
@@ -171,9 +223,12 @@ class IoUBalancedLoss(nn.Module):
 
         cls_weights = self._cls_weights(iou, cls_loss, positives, sums)
         loss_cls = self._cls_loss(flat_logits, positives, cls_weights)
-        loss_box_reg = (loc_loss * self.loc_weight.weights(iou, self.loc_lambda)).sum()
+        loc_weights = self.loc_weight.weights(iou, self.loc_lambda)
+        loss_box_reg = (loc_loss * loc_weights).sum()
+        if self.observer is not None:
+            self.observer({"pos_iou": iou, "cls_weight": cls_weights, "loc_weight": loc_weights})
         normalizer = self._normalizer(sums).to(loss_cls.dtype)
-        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
+        return LossSums(loss_cls, loss_box_reg, normalizer, positives, anchor, gt)
 
     @torch.no_grad()
     def _regressed_iou(self, deltas: Tensor, anchor: Tensor, gt: Tensor) -> Tensor:

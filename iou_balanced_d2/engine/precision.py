@@ -1,0 +1,74 @@
+"""Mixed precision in float16 or bfloat16, on GPU or CPU."""
+
+import time
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import nn
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = tuple(_DTYPES)
+
+
+def autocast(cfg: CfgNode) -> torch.autocast:
+    """The context of SOLVER.AMP: matrix products in low precision, if it is enabled.
+
+    Args:
+        cfg: the full config.
+
+    Returns:
+        a context, without effect with SOLVER.AMP.ENABLED False.
+    """
+    return torch.autocast(
+        _device_type(cfg), dtype=_DTYPES[cfg.SOLVER.AMP.PRECISION], enabled=cfg.SOLVER.AMP.ENABLED
+    )
+
+
+def _device_type(cfg: CfgNode) -> str:
+    return str(cfg.MODEL.DEVICE).split(":")[0]
+
+
+class MixedPrecisionTrainer(AMPTrainer):
+    """detectron2's AMPTrainer without its need of CUDA.
+
+    float16 needs the gradients scaled up; bfloat16 has the range of float32 and does not. A
+    checkpoint of any precision resumes in any other.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer
+    ):
+        """Set the precision.
+
+        Args:
+            cfg: the full config.
+            model: the detector, wrapped in DDP or not.
+            data_loader: an iterable of batches.
+            optimizer: of the model.
+        """
+        scaling = cfg.SOLVER.AMP.PRECISION == "float16"
+        scaler = torch.amp.GradScaler(_device_type(cfg), enabled=scaling)
+        super().__init__(model, data_loader, optimizer, grad_scaler=scaler)
+        self._cfg = cfg
+
+    def run_step(self) -> None:
+        """One step: losses in mixed precision, gradients, the optimizer."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with autocast(self._cfg):
+            losses = self.model(batch)
+            total = sum(losses.values())
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(total).backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a checkpoint; one without float16 has no scale, which then starts afresh."""
+        SimpleTrainer.load_state_dict(self, state_dict)
+        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

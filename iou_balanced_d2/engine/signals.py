@@ -1,0 +1,95 @@
+"""SIGTERM and Ctrl-C end a training between two steps."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from detectron2.utils import comm
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Iterations between which several processes compare whether one of them was asked to stop.
+_AGREE_PERIOD = 10
+
+
+class Stopped(BaseException):
+    """Ends the training loop. No Exception: it's no error, and nothing should catch it as one."""
+
+    def __init__(self, signum: int):
+        """Keep what for.
+
+        Args:
+            signum: the signal's number.
+        """
+        super().__init__(signum)
+        self.signum = signum
+
+
+class StopSignals:
+    """A context that catches SIGTERM and SIGINT; a second one of the same kind ends at once.
+
+    (Of the same kind, as the end of a launching process sends SIGINT to those it launched, after
+    the SIGTERM that has ended it.)
+
+    Attributes:
+        interruptible: whether the next signal may raise :class:`Stopped` wherever it comes.
+    """
+
+    def __init__(self) -> None:
+        """Catch nothing yet."""
+        self.interruptible = False
+        self._received: int | None = None
+        self._pid = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Only there does Python let one; elsewhere signals do what they did.
+        if threading.current_thread() is threading.main_thread():
+            self._pid = os.getpid()
+            self._before = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a data worker, which has inherited the handler: its parent tells it when to end
+        if self._received == signum:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(self._pid, signum)
+        if self._received is None:
+            self._received = signum
+            if self.interruptible:
+                raise Stopped(signum)
+
+    def check(self, iteration: int) -> None:
+        """Stop if a signal has come; several processes stop after the same iteration.
+
+        Args:
+            iteration: the one just done, counted from 0.
+
+        Raises:
+            Stopped: in every process.
+        """
+        received = [self._received]
+        if comm.get_world_size() > 1:
+            if (iteration + 1) % _AGREE_PERIOD:
+                return
+            received = comm.all_gather(self._received)
+        for signum in received:
+            if signum is not None:
+                raise Stopped(signum)
+
+
+def ignore_in_worker() -> None:
+    """Let a data worker outlive the signal that its whole process group gets."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

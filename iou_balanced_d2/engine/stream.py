@@ -1,0 +1,167 @@
+"""The training data as one stream of samples, which a resumed training takes up where it was.
+
+Sample number n of the stream is an image and a seed for its augmentations, both given by the
+training's seed and n alone: workers, processes and evaluations in between change nothing of it.
+"""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import build_batch_data_loader
+from detectron2.utils import comm
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .signals import ignore_in_worker
+
+Sample = tuple[int, int]  # its number in this process's part of the stream, its image's index
+Mapper = Callable[[dict[str, Any]], Any]
+_SAMPLER, _AUGMENTATION, _STEP = range(3)
+
+
+def seed_all(*entropy: int) -> None:
+    """Seed torch's, numpy's and Python's random states from some numbers.
+
+    Args:
+        entropy: non-negative; other numbers give an independent state.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(4)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(int(words[2]))
+    random.seed(int(words[3]))
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Seed what is random in a step, e.g. dropout, by its iteration: nothing to save for resume.
+
+    Args:
+        seed: the training's.
+        iteration: counted from 0.
+    """
+    seed_all(_STEP, seed, iteration, comm.get_rank())
+
+
+@contextlib.contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed as :func:`seed_all` does; afterwards random states of the CPU are what they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed_all(*entropy)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class _Stream(IterableDataset[Any]):
+    """This process's part of the stream, shared by its workers."""
+
+    def __init__(
+        self, load: Callable[[Sample], Any], samples: Callable[[], Iterator[Sample]], chunk: int
+    ):
+        self._load = load
+        self._samples = samples
+        self._chunk = chunk  # consecutive samples of one worker: what it makes a batch of
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is not None:
+            ignore_in_worker()
+        number, id_ = (worker.num_workers, worker.id) if worker is not None else (1, 0)
+        for i, sample in enumerate(self._samples()):
+            if i // self._chunk % number == id_:
+                yield self._load(sample)
+
+
+class ResumableLoader:
+    """detectron2's training loader: batches without end, from any iteration on.
+
+    Attributes:
+        seed: of the stream; to be set before the first batch is asked for.
+        start_iter: the iteration of the first batch; the same holds for it.
+    """
+
+    def __init__(self, cfg: CfgNode, dicts: list[dict[str, Any]], mapper: Mapper):
+        """Keep what the loader is made of; it is made when the first batch is asked for.
+
+        Args:
+            cfg: the full config.
+            dicts: detectron2's dataset dicts.
+            mapper: makes a training example of a dict.
+        """
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.start_iter = 0
+        self._cfg = cfg
+        self._batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        self._grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        self._wide = [d["width"] > d["height"] for d in dicts] if self._grouping else []
+        self._dicts = DatasetFromList(dicts, copy=False)
+        self._mapper = mapper
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        # detectron2 seeds some samplers by numpy's random state; DataLoader draws from torch's.
+        with seeded(_SAMPLER, self.seed):
+            batches = iter(self._build())
+            first = next(batches)
+        yield first
+        yield from batches
+
+    def _build(self) -> Iterable[list[Any]]:
+        sampler = build_detection_train_loader.from_config(
+            self._cfg, mapper=self._mapper, dataset=self._dicts
+        )["sampler"]
+        stream = _Stream(
+            self._load,
+            partial(_rest, sampler, *self._replay(sampler)),
+            chunk=1 if self._grouping else self._batch,
+        )
+        loader: Iterable[list[Any]] = build_batch_data_loader(
+            stream,
+            None,
+            self._cfg.SOLVER.IMS_PER_BATCH,
+            aspect_ratio_grouping=self._grouping,
+            num_workers=self._cfg.DATALOADER.NUM_WORKERS,
+        )
+        return loader
+
+    def _load(self, sample: Sample) -> Any:
+        number, index = sample
+        number = number * comm.get_world_size() + comm.get_rank()
+        with seeded(_AUGMENTATION, self.seed, number):
+            return self._mapper(self._dicts[index])
+
+    def _replay(self, sampler: Iterable[int]) -> tuple[list[Sample], int]:
+        """What the iterations before the first have left.
+
+        Returns:
+            samples taken from the stream but waiting for a batch of their shape, and the number of
+            the first not taken.
+        """
+        if not self._grouping:
+            return [], self.start_iter * self._batch
+        waiting: dict[bool, list[Sample]] = {False: [], True: []}
+        batches, taken = 0, 0
+        stream = enumerate(sampler)
+        while batches < self.start_iter:
+            sample = next(stream)
+            taken += 1
+            group = waiting[self._wide[sample[1]]]
+            group.append(sample)
+            if len(group) == self._batch:
+                group.clear()
+                batches += 1
+        return sorted(waiting[False] + waiting[True]), taken
+
+
+def _rest(sampler: Iterable[int], pending: list[Sample], start: int) -> Iterator[Sample]:
+    """The samples pending, then those of the stream from number ``start`` on."""
+    yield from pending
+    yield from itertools.islice(enumerate(sampler), start, None)

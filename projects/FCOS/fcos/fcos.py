@@ -1,0 +1,180 @@
+"""detectron2's FCOS from a config file, and FCOS trained with the IoU-balanced losses.
+
+Letters: N images, R anchors (here points, one a location) of one image over all levels, R_l on
+level l, K classes, P positives, L levels. Boxes are XYXY in absolute coordinates.
+"""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import fcos as detectron2_fcos
+from detectron2.structures import Boxes
+from torch import Tensor
+from torch.nn import functional as F
+
+from iou_balanced_d2.config import iou_balanced_args
+from iou_balanced_d2.modeling import IoUBalancedLoss
+from iou_balanced_d2.modeling.positives import gather_rows
+
+_NORMALIZER_START = 300.0  # detectron2's FCOS
+
+
+class FCOS(detectron2_fcos.FCOS):
+    """detectron2's FCOS, which has no ``from_config`` of its own, with one."""
+
+    @configurable
+    def __init__(self, **fcos: Any):
+        """Build FCOS.
+
+        Args:
+            fcos: the arguments of :class:`detectron2.modeling.FCOS`.
+        """
+        super().__init__(**fcos)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of detectron2's FCOS from ``MODEL.FCOS``."""
+        keys = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[name] for name in keys.IN_FEATURES]
+        head = detectron2_fcos.FCOSHead(
+            input_shape=shapes,
+            num_classes=keys.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * keys.NUM_CONVS,
+            norm=keys.NORM,
+            prior_prob=keys.PRIOR_PROB,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": keys.IN_FEATURES,
+            "num_classes": keys.NUM_CLASSES,
+            "center_sampling_radius": keys.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": keys.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": keys.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": keys.SCORE_THRESH_TEST,
+            "test_topk_candidates": keys.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": keys.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+
+# Another project, or a later detectron2, may have taken the name; its FCOS is left in place.
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(FCOS)
+
+
+@META_ARCH_REGISTRY.register()
+class IoUBalancedFCOS(FCOS):
+    """detectron2's FCOS with another ``losses()``: same parameters, same inference.
+
+    The classification loss is balanced by eq. 2 and the GIoU loss by eq. 4; centerness is left
+    alone. The ``state_dict`` is FCOS's, so checkpoints load strictly both ways.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        cls_eta: float = 1.5,
+        cls_norm_scope: str = "batch",
+        loc_lambda: float = 1.5,
+        loc_weight: float = 0.0,
+        loc_weight_rule: str = "first",
+        warmup_iters: int = 1000,
+        normalizer: str = "ema",
+        **fcos: Any,
+    ):
+        """Build FCOS and its losses.
+
+        Args:
+            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
+            cls_norm_scope: "batch", "level", "image" or "global".
+            loc_lambda: power of the GIoU loss's weights.
+            loc_weight: w_loc, 0 to measure it.
+            loc_weight_rule: how to measure it: "first", "warmup" or "running".
+            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
+            normalizer: "ema" or "batch".
+            fcos: the arguments of :class:`FCOS`.
+
+        Raises:
+            ValueError: if a value is out of its range; the message names the argument.
+        """
+        super().__init__(**fcos)
+        self.check_loss_args(loc_weight_rule=loc_weight_rule)
+        self.iou_balanced_loss = IoUBalancedLoss(
+            num_classes=self.num_classes,
+            box2box_transform=self.box2box_transform,
+            focal_loss_alpha=self.focal_loss_alpha,
+            focal_loss_gamma=self.focal_loss_gamma,
+            box_reg_loss_type="giou",
+            cls_eta=cls_eta,
+            cls_norm_scope=cls_norm_scope,
+            loc_lambda=loc_lambda,
+            loc_weight=loc_weight,
+            loc_weight_rule=loc_weight_rule,
+            warmup_iters=warmup_iters,
+            normalizer=normalizer,
+            normalizer_start=_NORMALIZER_START,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """FCOS's arguments and those of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+
+    @staticmethod
+    def check_loss_args(*, loc_weight_rule: str, **_: Any) -> None:
+        """Refuse the rule "anchors": an anchor of FCOS is a point, its box tells nothing.
+
+        Args:
+            loc_weight_rule: how w_loc is measured.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if loc_weight_rule == "anchors":
+            raise ValueError(
+                "loc_weight_rule must be first, warmup or running, got 'anchors': FCOS has points "
+                "in place of anchors, so there are no boxes to measure w_loc with"
+            )
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        pred_centerness: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Compute the three losses; arguments and keys are FCOS's.
+
+        Args:
+            anchors: L Boxes of R_l anchors.
+            pred_logits: L tensors (N, R_l, K), any float precision.
+            gt_labels: N tensors (R,) int64, class index; K is background.
+            pred_anchor_deltas: L tensors (N, R_l, 4), distances to the edges in strides.
+            gt_boxes: N tensors (R, 4), the box matched to each point; read at positives only.
+            pred_centerness: L tensors (N, R_l, 1), logits.
+
+        Returns:
+            "loss_fcos_cls", "loss_fcos_loc" and "loss_fcos_ctr", float32 scalars, all divided by
+            the same normaliser.
+        """
+        sums = self.iou_balanced_loss.loss_sums(
+            anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes
+        )
+        # float32 also under autocast, as the other two.
+        centerness = gather_rows(pred_centerness, sums.positives).squeeze(dim=1).float()
+        # The P positives as one level of one image, which is all that is looked at.
+        target = self.compute_ctrness_targets([Boxes(sums.anchor)], [sums.gt]).squeeze(dim=0)
+        loss_ctr = F.binary_cross_entropy_with_logits(centerness, target, reduction="sum")
+        return {
+            "loss_fcos_cls": sums.cls / sums.normalizer,
+            "loss_fcos_loc": sums.loc / sums.normalizer,
+            "loss_fcos_ctr": loss_ctr / sums.normalizer,
+        }

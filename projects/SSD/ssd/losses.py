@@ -1,0 +1,102 @@
+"""SSD's losses, plain and IoU-balanced: softmax cross-entropy with hard negatives, smooth L1.
+
+Letters: N images, R default boxes of one image over all feature maps, K classes, P positives,
+L feature maps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iou_balanced_d2.losses.focal import FocalTargets
+from iou_balanced_d2.modeling import IoUBalancedLoss
+from iou_balanced_d2.modeling.positives import Positives
+
+
+@torch.no_grad()
+def hard_negatives(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> Tensor:
+    """The negatives of each image with the largest loss, ``ratio`` for each of its positives.
+
+    Args:
+        loss: (N, R) float, element-wise classification loss.
+        labels: (N, R) int64 class index; K is background, -1 ignored.
+        num_classes: K.
+        ratio: negatives for one positive.
+
+    Returns:
+        (N, R) bool. An image without positives has none.
+    """
+    is_negative = labels == num_classes
+    num_positives = ((labels >= 0) & ~is_negative).sum(dim=1, keepdim=True)
+    order = loss.masked_fill(~is_negative, -float("inf")).argsort(dim=1, descending=True)
+    is_hard = torch.arange(loss.shape[1], device=loss.device) < ratio * num_positives
+    return torch.zeros_like(is_negative).scatter(1, order, is_hard) & is_negative
+
+
+def mined_sum(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> Tensor:
+    """Sum of the positives' loss and of the hard negatives' (see :func:`hard_negatives`).
+
+    Args:
+        loss: (N, R) float, element-wise classification loss, the positives' weighted or not.
+        labels: (N, R) int64 class index; K is background, -1 ignored.
+        num_classes: K.
+        ratio: negatives for one positive.
+
+    Returns:
+        scalar.
+    """
+    is_positive = (labels >= 0) & (labels != num_classes)
+    counts = is_positive | hard_negatives(loss, labels, num_classes, ratio)
+    return torch.where(counts, loss, 0.0).sum()
+
+
+class SSDLoss(IoUBalancedLoss):
+    """:class:`IoUBalancedLoss` on softmax scores: (N, R_l, K + 1) logits, background last.
+
+    "CE" of eq. 1 and 2 is the softmax cross-entropy. The weights come before the hard negatives
+    are chosen, so that these are SSD's own.
+    """
+
+    def __init__(self, *, neg_pos_ratio: float = 3.0, **iou_balanced: Any):
+        """Set the hyper-parameters.
+
+        Args:
+            neg_pos_ratio: hard negatives of an image for each of its positives.
+            iou_balanced: the arguments of :class:`IoUBalancedLoss`.
+        """
+        super().__init__(**iou_balanced)
+        self.neg_pos_ratio = neg_pos_ratio
+
+    def _positive_cls_loss(self, flat_logits: list[Tensor], positives: Positives) -> Tensor:
+        """CE_i of eq. 2 for the P positives, without gradient."""
+        terms = [
+            F.cross_entropy(logits.detach()[t.rows].float(), t.classes, reduction="none")
+            for logits, t in zip(flat_logits, positives.targets, strict=True)
+        ]
+        return torch.cat(terms)
+
+    def _cls_loss(self, flat_logits: list[Tensor], positives: Positives, weights: Tensor) -> Tensor:
+        """Eq. 1 over the positives, weighted, and the hard negatives of each image."""
+        num_images = len(positives.blocks[0])
+        losses, labels = [], []
+        for logits, targets, level_weights in zip(
+            flat_logits, positives.targets, weights.split(positives.per_level), strict=True
+        ):
+            level_labels = self._labels(targets, len(logits))
+            loss = F.cross_entropy(logits.float(), level_labels, ignore_index=-1, reduction="none")
+            rows = targets.rows
+            loss = loss.index_put((rows,), loss[rows] * level_weights)
+            losses.append(loss.view(num_images, -1))
+            labels.append(level_labels.view(num_images, -1))
+        return mined_sum(
+            torch.cat(losses, 1), torch.cat(labels, 1), self.num_classes, self.neg_pos_ratio
+        )
+
+    def _labels(self, targets: FocalTargets, num_rows: int) -> Tensor:
+        """The labels (num_rows,) int64 that a feature map's targets were read from."""
+        labels = targets.rows.new_full((num_rows,), self.num_classes)
+        labels[targets.rows] = targets.classes
+        labels[targets.ignored] = -1
+        return labels

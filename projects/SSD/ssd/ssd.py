@@ -1,0 +1,341 @@
+"""SSD as a detectron2 meta-architecture, with its plain and with the IoU-balanced losses.
+
+Letters: N images, R default boxes of one image over all feature maps, K classes, P positives,
+L feature maps, A default boxes of one place. Boxes are XYXY in absolute coordinates.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import transforms as T
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    Backbone,
+    RetinaNet,
+    build_anchor_generator,
+    build_backbone,
+)
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iou_balanced_d2.config import iou_balanced_args
+from iou_balanced_d2.modeling.positives import (
+    find_positives,
+    gather_anchors,
+    gather_gt_boxes,
+    gather_rows,
+)
+
+from .augmentation import build_augmentation
+from .convert import convert_torchvision
+from .default_boxes import SSDMatcher
+from .losses import SSDLoss, mined_sum
+from .vgg import xavier_init
+
+
+class SSDHead(nn.Module):
+    """One 3x3 convolution for the scores and one for the boxes of each feature map."""
+
+    def __init__(self, input_shape: list[ShapeSpec], num_anchors: list[int], num_classes: int):
+        """Build the convolutions, with Xavier's weights.
+
+        Args:
+            input_shape: of the L feature maps.
+            num_anchors: A of each.
+            num_classes: K.
+        """
+        super().__init__()
+        self.cls_score, self.bbox_pred = nn.ModuleList(), nn.ModuleList()
+        for shape, num in zip(input_shape, num_anchors, strict=True):
+            self.cls_score.append(nn.Conv2d(shape.channels, num * (num_classes + 1), 3, padding=1))
+            self.bbox_pred.append(nn.Conv2d(shape.channels, num * 4, 3, padding=1))
+        xavier_init(self)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores (N, A * (K + 1), H, W), background last, and deltas (N, A * 4, H, W)."""
+        logits = [conv(x) for conv, x in zip(self.cls_score, features, strict=True)]
+        deltas = [conv(x) for conv, x in zip(self.bbox_pred, features, strict=True)]
+        return logits, deltas
+
+
+@META_ARCH_REGISTRY.register()
+class SSD(DenseDetector):
+    """SSD (Liu et al., arXiv 1512.02325) with the losses of the paper."""
+
+    # The learning rate of the author's COCO set-up, by the linear rule: 0.002 for 64 images.
+    lr_per_image = 0.002 / 64
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: Sequence[str],
+        anchor_generator: nn.Module,
+        box2box_transform: Box2BoxTransform,
+        anchor_matcher: SSDMatcher,
+        num_classes: int,
+        neg_pos_ratio: float = 3.0,
+        smooth_l1_beta: float = 1.0,
+        test_score_thresh: float = 0.02,
+        test_topk_candidates: int = 400,
+        test_nms_thresh: float = 0.45,
+        max_detections_per_image: int = 200,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+    ):
+        """Put the parts together; names are the config's keys in lower case.
+
+        Args:
+            backbone: gives the feature maps.
+            head: gives logits and deltas, see :class:`SSDHead`.
+            head_in_features: names of the L feature maps.
+            anchor_generator: gives the default boxes.
+            box2box_transform: between deltas and boxes.
+            anchor_matcher: labels the default boxes.
+            num_classes: K.
+            neg_pos_ratio: hard negatives for one positive.
+            smooth_l1_beta: knee of smooth L1.
+            test_score_thresh: detections below are dropped.
+            test_topk_candidates: best of each class and image that go into NMS.
+            test_nms_thresh: boxes of a class that overlap more are dropped.
+            max_detections_per_image: kept after it.
+            pixel_mean: of the channels, in the order of ``input_format``.
+            pixel_std: what the pixels are divided by.
+            input_format: order of the channels, for visualisation.
+        """
+        super().__init__(
+            backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.anchor_generator = anchor_generator
+        self.box2box_transform = box2box_transform
+        self.anchor_matcher = anchor_matcher
+        self.num_classes = num_classes
+        self.neg_pos_ratio = neg_pos_ratio
+        self.smooth_l1_beta = smooth_l1_beta
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The parts as ``MODEL.SSD`` says; all feature maps of the backbone are detected on."""
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        anchor_generator = build_anchor_generator(cfg, list(shapes.values()))
+        keys = cfg.MODEL.SSD
+        return {
+            "backbone": backbone,
+            "head": SSDHead(list(shapes.values()), anchor_generator.num_anchors, keys.NUM_CLASSES),
+            "head_in_features": list(shapes),
+            "anchor_generator": anchor_generator,
+            "box2box_transform": Box2BoxTransform(weights=tuple(keys.BBOX_REG_WEIGHTS)),
+            "anchor_matcher": SSDMatcher(keys.IOU_THRESHOLD),
+            "num_classes": keys.NUM_CLASSES,
+            "neg_pos_ratio": keys.NEG_POS_RATIO,
+            "smooth_l1_beta": keys.SMOOTH_L1_LOSS_BETA,
+            "test_score_thresh": keys.SCORE_THRESH_TEST,
+            "test_topk_candidates": keys.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": keys.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @classmethod
+    def build_augmentation(cls, cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T.Transform]:
+        """Asked for by the data loaders: see :func:`augmentation.build_augmentation`."""
+        return build_augmentation(cfg, is_train)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As any module's; takes torchvision's VGG16 and SSD300 as well (see ``convert.py``)."""
+        return super().load_state_dict(convert_torchvision(state_dict, self), *args, **kwargs)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Label the default boxes and compute the losses."""
+        pred_logits, pred_anchor_deltas = self._transpose_dense_predictions(
+            predictions, [self.num_classes + 1, 4]
+        )
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+
+    # RetinaNet's, with SSD's matcher.
+    label_anchors = RetinaNet.label_anchors
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """The plain losses, divided by the number of positives (mean over processes).
+
+        Args:
+            anchors: L Boxes of R_l default boxes.
+            pred_logits: L tensors (N, R_l, K + 1), background last.
+            gt_labels: N tensors (R,) int64 class index; K is background.
+            pred_anchor_deltas: L tensors (N, R_l, 4).
+            gt_boxes: N tensors (R, 4), the box matched to each default box.
+
+        Returns:
+            "loss_cls" and "loss_box_reg", float32 scalars.
+        """
+        logits, labels = torch.cat(pred_logits, dim=1).float(), torch.stack(gt_labels)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        loss_cls = mined_sum(loss.view_as(labels), labels, self.num_classes, self.neg_pos_ratio)
+
+        level_sizes = [len(level) for level in anchors]
+        positives = find_positives(gt_labels, level_sizes, self.num_classes)
+        anchor = gather_anchors([level.tensor for level in anchors], positives)
+        gt = gather_gt_boxes(gt_boxes, level_sizes, positives)
+        deltas = gather_rows(pred_anchor_deltas, positives).float()
+        target = self.box2box_transform.get_deltas(anchor, gt)
+        loss_box_reg = F.smooth_l1_loss(deltas, target, reduction="sum", beta=self.smooth_l1_beta)
+
+        num_positives = torch.tensor(float(positives.num), device=self.device)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(num_positives)
+        normalizer = (num_positives / comm.get_world_size()).clamp(min=1)
+        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
+
+    def forward_inference(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+    ) -> list[Instances]:
+        """Detections of each image: "pred_boxes", "scores" and "pred_classes"."""
+        pred_logits, pred_anchor_deltas = self._transpose_dense_predictions(
+            predictions, [self.num_classes + 1, 4]
+        )
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors,
+                [x[i].float().softmax(dim=1)[:, :-1] for x in pred_logits],
+                [x[i] for x in pred_anchor_deltas],
+                image_size,
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[Tensor],
+        box_delta: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """The best boxes of each class, and non-maximum suppression among them.
+
+        Args:
+            anchors: L Boxes of R_l default boxes.
+            box_cls: L tensors (R_l, K) of scores.
+            box_delta: L tensors (R_l, 4).
+            image_size: height and width.
+
+        Returns:
+            at most ``max_detections_per_image`` detections, the best first.
+        """
+        scores = torch.cat(box_cls)
+        num_candidates = min(self.test_topk_candidates, len(scores))
+        scores, rows = scores.topk(num_candidates, dim=0)  # (num_candidates, K)
+        kept = scores > self.test_score_thresh
+        classes = kept.nonzero()[:, 1]
+        scores, rows = scores[kept], rows[kept]
+        boxes = Boxes(
+            self.box2box_transform.apply_deltas(
+                torch.cat(box_delta)[rows], Boxes.cat(anchors).tensor[rows]
+            )
+        )
+        boxes.clip(image_size)
+        keep = batched_nms(boxes.tensor, scores, classes, self.test_nms_thresh)
+        keep = keep[: self.max_detections_per_image]
+        return Instances(
+            image_size, pred_boxes=boxes[keep], scores=scores[keep], pred_classes=classes[keep]
+        )
+
+
+@META_ARCH_REGISTRY.register()
+class IoUBalancedSSD(SSD):
+    """SSD with another ``losses()``: same parameters, same inference.
+
+    Its ``state_dict`` is SSD's, so checkpoints load strictly both ways.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        cls_eta: float = 1.5,
+        cls_norm_scope: str = "image",
+        loc_lambda: float = 1.5,
+        loc_weight: float = 0.0,
+        loc_weight_rule: str = "first",
+        warmup_iters: int = 1000,
+        normalizer: str = "batch",
+        **ssd: Any,
+    ):
+        """Build SSD and its losses.
+
+        Args:
+            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
+            cls_norm_scope: "image", the author's, "batch", "level" or "global".
+            loc_lambda: power of the box loss's weights.
+            loc_weight: w_loc, 0 to measure it.
+            loc_weight_rule: how to measure it.
+            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
+            normalizer: "batch", SSD's own, or "ema".
+            ssd: the arguments of :class:`SSD`.
+        """
+        super().__init__(**ssd)
+        self.iou_balanced_loss = SSDLoss(
+            neg_pos_ratio=self.neg_pos_ratio,
+            num_classes=self.num_classes,
+            box2box_transform=self.box2box_transform,
+            smooth_l1_beta=self.smooth_l1_beta,
+            cls_eta=cls_eta,
+            cls_norm_scope=cls_norm_scope,
+            loc_lambda=loc_lambda,
+            loc_weight=loc_weight,
+            loc_weight_rule=loc_weight_rule,
+            warmup_iters=warmup_iters,
+            normalizer=normalizer,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """SSD's arguments and those of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """See :meth:`IoUBalancedLoss.forward`; arguments and keys are SSD's."""
+        return self.iou_balanced_loss(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)

@@ -1,0 +1,160 @@
+"""SSD's configs, its scripts, and training as a user runs it."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.env import seed_all_rng
+
+from iou_balanced_d2.data import register_datasets_of
+from iou_balanced_d2.data.demo import DemoSpec, ensure_demo_datasets
+from iou_balanced_d2.engine import Trainer, load_config
+
+from .ssd_toy import CONFIGS, toy_config
+
+ROOT = CONFIGS.parents[2]
+BASELINES = [
+    "COCO-Detection/ssd300_VGG16",
+    "COCO-Detection/ssd512_VGG16",
+    "PascalVOC-Detection/ssd300_VGG16",
+    "PascalVOC-Detection/ssd512_VGG16",
+    "Own/ssd300_R_50",
+]
+POWERS = {"": (0.0, 0.0), "_cls": (1.5, 0.0), "_loc": (0.0, 1.5), "_both": (1.5, 1.5)}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads_with_a_safe_loader(path):
+    yaml.safe_load(path.read_text())
+    load_config(str(path))
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_variants_differ_from_the_baseline_in_the_losses_keys_alone(baseline):
+    plain = load_config(str(CONFIGS / f"{baseline}.yaml"))
+    for variant, powers in POWERS.items():
+        suffix = {"": "", "_both": "_iou_balanced"}.get(variant, f"_iou_balanced{variant}")
+        cfg = load_config(str(CONFIGS / f"{baseline}{suffix}.yaml"))
+        keys = cfg.MODEL.IOU_BALANCED
+        assert (keys.CLS_ETA, keys.LOC_LAMBDA, keys.LOC_WEIGHT) == (*powers, 0.0)
+        assert (keys.CLS_NORM_SCOPE, keys.NORMALIZER) == ("image", "batch")
+        keys.CLS_ETA = keys.LOC_LAMBDA = 0.0
+        assert cfg == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "rate", "images", "drops"),
+    [
+        ("COCO-Detection/ssd300_VGG16", 64, 2e-3, 5 * 117266, (16, 22)),
+        ("COCO-Detection/ssd512_VGG16", 16, 2e-3, 5 * 117266, (16, 22)),
+        ("PascalVOC-Detection/ssd300_VGG16", 32, 1e-3, 10 * 16551, (16, 20)),
+        ("PascalVOC-Detection/ssd512_VGG16", 28, 0.875e-3, 10 * 16551, (16, 20)),
+    ],
+)
+def test_schedules_are_the_papers(config, batch, rate, images, drops):
+    cfg = load_config(str(CONFIGS / f"{config}_iou_balanced.yaml"))
+    solver, ssd = cfg.SOLVER, cfg.MODEL.SSD
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (batch, rate, 5e-4)
+    assert solver.REFERENCE_WORLD_SIZE == 2
+    assert solver.STEPS == tuple(round(drop * images / batch) for drop in drops)
+    assert round(24 * images / batch) == solver.MAX_ITER
+    assert (ssd.NMS_THRESH_TEST, ssd.SCORE_THRESH_TEST) == (0.45, 0.02)
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 200
+
+
+def test_eight_images_are_learnt_by_heart(tmp_path):
+    """Trainer, loaders, losses, evaluation: AP50 over 80 on what was trained on."""
+    folder = ensure_demo_datasets(str(tmp_path), DemoSpec(num_train=8, num_val=1))
+    name = "eight_for_ssd"
+    data_set = (name, str(folder / "annotations/train.json"), str(folder / "train"))
+    cfg = toy_config(
+        "MODEL.SSD.NUM_CLASSES", 5,
+        "DATASETS.COCO_JSON", (data_set,),
+        "DATASETS.TRAIN", (name,),
+        "DATASETS.TEST", (name,),
+        "DATALOADER.NUM_WORKERS", 0,
+        "INPUT.SSD_AUG", False,
+        "INPUT.RANDOM_FLIP", "none",
+        "SOLVER.REFERENCE_WORLD_SIZE", 0,
+        "SOLVER.IMS_PER_BATCH", 8,
+        "SOLVER.BASE_LR", 0.03,
+        "SOLVER.WARMUP_ITERS", 10,
+        "SOLVER.MAX_ITER", 45,
+        "SOLVER.STEPS", (38,),
+        "SOLVER.CLIP_GRADIENTS.ENABLED", True,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 35.0,
+        "TEST.EVAL_PERIOD", 0,
+        "TEST.EXPECTED_RESULTS", [["bbox", "AP50", 90.0, 10.0]],
+        "OUTPUT_DIR", str(tmp_path),
+    )  # fmt: skip
+    seed_all_rng(1)
+    register_datasets_of(cfg)
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        results = trainer.train()
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert results["bbox"]["AP50"] > 80
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert float(state["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"]) > 1
+
+
+@pytest.fixture
+def converter(monkeypatch):
+    """The script's command line in this process."""
+    path = ROOT / "projects/SSD/convert_torchvision.py"
+    spec = importlib.util.spec_from_file_location("convert_torchvision", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        script.main()
+
+    return run
+
+
+def test_the_converter_writes_a_checkpoint(tmp_path, converter, capsys):
+    sizes = ((64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
+             (512, 256), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512))  # fmt: skip
+    state = {}
+    for i, (out, before) in zip(
+        (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), sizes, strict=True
+    ):
+        state[f"features.{i}.weight"] = torch.zeros(1).expand(out, before, 3, 3)
+        state[f"features.{i}.bias"] = torch.full((out,), float(i))
+    torch.save(state, tmp_path / "vgg16.pth")
+    converter(tmp_path / "vgg16.pth", tmp_path / "out.pth")
+    assert "26 tensors written" in capsys.readouterr().out
+    model = torch.load(tmp_path / "out.pth")["model"]
+    assert model["backbone.bottom_up.conv4_3.bias"][0] == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.pth", "not found"),
+        ("text.pth", "can't be read as a PyTorch file"),
+        ("other.pth", "neither torchvision's ssd300_vgg16 nor its vgg16"),
+        ("five.pth", "has 5 classes: --coco is for torchvision's COCO model"),
+    ],
+)
+def test_the_converter_says_what_is_wrong(tmp_path, converter, capsys, name, message):
+    torch.save({"layer": torch.zeros(1)}, tmp_path / "other.pth")
+    head = "head.classification_head.module_list.0"
+    five = {f"{head}.weight": torch.zeros(24, 1, 3, 3), f"{head}.bias": torch.zeros(24)}
+    torch.save(five, tmp_path / "five.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(SystemExit) as exit_:
+        converter(tmp_path / name, tmp_path / "out.pth", "--coco")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1

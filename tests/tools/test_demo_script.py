@@ -1,0 +1,185 @@
+"""demo/demo.py on pictures and a video."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+
+from iou_balanced_d2.model_zoo import get_config_file
+
+from ..command import forget_own_data
+from ..toy import toy_model
+
+CONFIG = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+SCRIPT = Path(__file__).parent.parent.parent / "demo/demo.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("iou_balanced_demo_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(demo, tmp_path, monkeypatch):
+    """Run the script in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, args)])
+        return demo.main()
+
+    return call
+
+
+class _Finder:
+    """In the place of detectron2's predictor: two boxes of scores .9 and .4, of classes 1 and 0."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def __call__(self, image):
+        assert image.dtype == np.uint8
+        found = Instances(image.shape[:2])
+        found.pred_boxes = Boxes(torch.tensor([[20.0, 20, 50, 50], [5.0, 5, 12, 12]]))
+        found.scores, found.pred_classes = torch.tensor([0.9, 0.4]), torch.tensor([1, 0])
+        return {"instances": found}
+
+
+@pytest.fixture
+def run_fast(run, demo, own_data, tmp_path, monkeypatch):
+    """Run on own data, with found boxes made up and any weights."""
+    forget_own_data()
+    monkeypatch.setattr(demo, "DefaultPredictor", _Finder)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    options = ["MODEL.WEIGHTS", "weights.pth", "DATASETS.COCO_JSON", repr((("own", *own_data),)),
+               "DATASETS.TEST", "('own',)"]  # fmt: skip
+    return lambda *args: run(
+        "--config-file", CONFIG, *args, "--output", "found", "--opts", *options
+    )
+
+
+def drawn(file, region):
+    """Number of pixels in a region (of the 64 pixels' picture) that are not the images' grey."""
+    picture = cv2.imread(str(file))
+    assert picture.shape == (640, 640, 3), "small pictures are enlarged"
+    x0, y0, x1, y1 = (10 * v for v in region)
+    grey = [(np.abs(picture[y0:y1, x0:x1].astype(int) - v) < 12).all(axis=2) for v in (40, 220)]
+    return int((~(grey[0] | grey[1])).sum())
+
+
+def test_a_folder_is_drawn_above_the_threshold(run_fast, tmp_path, capsys):
+    assert run_fast("--input", "images", "--confidence-threshold", 0.5) == 0
+    assert sorted(p.name for p in (tmp_path / "found").iterdir()) == [f"{i}.png" for i in range(4)]
+    assert drawn(tmp_path / "found/0.png", (45, 30, 55, 52)) > 200
+    assert drawn(tmp_path / "found/0.png", (3, 3, 7, 14)) == 0, "score .4 is below"
+    assert "4 pictures: found" in capsys.readouterr().out
+    assert run_fast("--input", "images/0.png", "--confidence-threshold", 0.3) == 0
+    assert drawn(tmp_path / "found/0.png", (3, 3, 7, 14)) > 100
+
+
+def test_names_of_the_classes_are_those_of_the_data_set(demo, own_data):
+    forget_own_data()
+    cfg = demo.load_config(
+        CONFIG, ["DATASETS.COCO_JSON", repr((("own", *own_data),)), "DATASETS.TEST", "('own',)"]
+    )
+    assert demo.classes_of(cfg).thing_classes == ["square", "circle"]
+
+
+def test_patterns_and_equal_names(run_fast, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "images/0.png").rename(tmp_path / "more/1.png")
+    (tmp_path / "more/notes.txt").write_text("no picture")
+    assert run_fast("--input", "images/[12].png", "more") == 0
+    names = sorted(p.name for p in (tmp_path / "found").iterdir())
+    assert names == ["1.png", "1_2.png", "2.png"]
+
+
+def test_missing_and_broken_files_are_named_and_skipped(run_fast, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    whole = (tmp_path / "images/1.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    args = ("broken.jpg", "cut.png", "images/2.png", "missing.jpg", "none/*.png")
+    assert run_fast("--input", *args) == 1
+    assert [p.name for p in (tmp_path / "found").iterdir()] == ["2.png"]
+    error = capsys.readouterr().err
+    for name in ("broken.jpg", "cut.png", "missing.jpg", "none/*.png"):
+        assert f"{name}: skipped, can't be read: " in error
+    assert "broken.jpg: skipped, can't be read: not an image" in error
+    assert "4 file(s) could not be read" in error
+
+
+def write_video(file, frames=5):
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 10, (320, 240))
+    for i in range(frames):
+        writer.write(np.full((240, 320, 3), 40 + 10 * i, np.uint8))
+    writer.release()
+
+
+def test_a_video_is_drawn_frame_by_frame(run_fast, tmp_path, capsys):
+    write_video(tmp_path / "in.avi")
+    assert run_fast("--video-input", "in.avi") == 0
+    (file,) = (tmp_path / "found").iterdir()
+    assert file.stem == "in"
+    video = cv2.VideoCapture(str(file))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    frames = []
+    while True:
+        ok, frame = video.read()
+        if not ok:
+            break
+        frames.append(frame.astype(int))
+    assert len(frames) == 5
+    assert frames[0].shape == (240, 320, 3)
+    for i, frame in enumerate(frames):
+        off = np.abs(frame - (40 + 10 * i)).max(axis=2) > 25
+        assert off[18:54, 18:54].sum() > 30
+        assert off[:, 200:].sum() == 0
+    assert f"Video: {Path('found') / file.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"no video"])
+def test_a_video_that_can_not_be_read_is_named(run_fast, tmp_path, capsys, content):
+    if content:
+        (tmp_path / "in.mp4").write_bytes(content)
+    assert run_fast("--input", "images/0.png", "--video-input", "in.mp4") == 1
+    assert "in.mp4: skipped, can't be read as a video" in capsys.readouterr().err
+    assert (tmp_path / "found/0.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--config-file", CONFIG), "nothing to look at: give --input or --video-input"),
+        (("--config-file", "no.yaml", "--input", "x"), "config file 'no.yaml' not found"),
+        (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WEIGHTS"), "come in pairs"),
+        (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WIGHTS", "y"), "did you mean"),
+        (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WEIGHTS", "no.pth"),
+         "MODEL.WEIGHTS 'no.pth' not found"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(run, args, message, capsys):
+    assert run("--output", "found", *args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("demo.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_real_model_runs(run, tmp_path, own_config, own_data):
+    """Nothing made up: the toy model's weights, on the CPU."""
+    forget_own_data()
+    model = toy_model("MODEL.RETINANET.NUM_CLASSES", 2)
+    torch.nn.init.constant_(model.head.cls_score.bias, 3.0)
+    torch.save(model.state_dict(), tmp_path / "toy.pth")
+    args = ("--config-file", own_config, "--input", "images/0.png", "--output", "found")
+    assert run(*args, "--opts", "MODEL.WEIGHTS", "toy.pth") == 0
+    assert drawn(tmp_path / "found/0.png", (0, 0, 64, 64)) > 1000

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Does a detector's score know how good its boxes are? Writes a page of figures that show it.
+
+python tools/analyze_alignment.py --run output
+python tools/analyze_alignment.py --ground-truth GT.json --detections plain=A.json balanced=B.json
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iou_balanced_d2.analysis.alignment_report import dataset_files, write_alignment_report
+from iou_balanced_d2.data import register_datasets_of
+from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.errors import UserError
+
+# isort: split
+from tabulate import tabulate
+
+RESULTS = "coco_instances_results.json"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ground-truth", metavar="JSON", help="annotations in COCO's format")
+    parser.add_argument(
+        "--detections",
+        metavar="[NAME=]JSON",
+        nargs="+",
+        help="detections in COCO's result format, of any framework; several are laid over each "
+        "other",
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="for pictures of the worst cases")
+    parser.add_argument(
+        "--run",
+        metavar="[NAME=]OUTPUT_DIR",
+        nargs="+",
+        help="evaluated runs of train_net.py on the same data set, instead of the files above",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="for the report; OUTPUT_DIR/alignment")
+    args = parser.parse_args()
+    if args.run and (args.ground_truth or args.detections or args.images):
+        raise UserError("--run brings its own files: give it alone, or --ground-truth and so on")
+    if not args.run and not (args.ground_truth and args.detections):
+        raise UserError("give --ground-truth and --detections, or --run")
+    return args
+
+
+def named(words: Sequence[str]) -> dict[str, Path]:
+    """NAME=PATH words as a dict; a word that is a path alone gets its folder's or file's name."""
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or Path(word).exists():
+            path = word
+            name = Path(word).resolve().stem
+        if not name or name in found:
+            raise UserError(f"{word!r}: give each a name of its own, as in NAME={path}")
+        found[name] = Path(path)
+    return found
+
+
+def sources_of_runs(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Arguments of the report for each data set that the runs were evaluated on."""
+    sources: dict[str, dict[str, Any]] = {}
+    for run_name, folder in runs.items():
+        cfg = load_config(str(folder / "config.yaml"))
+        register_datasets_of(cfg)
+        for data_set in cfg.DATASETS.TEST:
+            results = folder / "inference" / data_set / RESULTS
+            if not results.is_file():
+                raise UserError(f"{results} not found: evaluate with train_net.py --eval-only")
+            source = sources.setdefault(data_set, {**dataset_files(data_set), "detections": {}})
+            source["detections"][run_name] = str(results)
+    for data_set, source in sources.items():
+        missing = runs.keys() - source["detections"].keys()
+        if missing:
+            raise UserError(f"run {min(missing)!r} was not evaluated on data set {data_set!r}")
+    return sources
+
+
+def print_summary(results: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            r["ap"]["AP"],
+            r["ceilings"]["perfect_ranking"]["AP"],
+            r["ceilings"]["perfect_placing"]["AP"],
+            r["correlation"]["spearman"],
+        ]
+        for name, r in results.items()
+    ]
+    headers = ["", "AP", "perfect ranking", "perfect placing", "Spearman of score and IoU"]
+    formats = ("", ".1f", ".1f", ".1f", ".3f")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=formats, missingval="-"))
+
+
+def main() -> int:
+    try:
+        args = parse_arguments()
+        if args.run:
+            runs = named(args.run)
+            sources = sources_of_runs(runs)
+            output = Path(args.output or next(iter(runs.values())) / "alignment")
+        else:
+            files = {name: str(path) for name, path in named(args.detections).items()}
+            sources = {"": {"ground_truth": args.ground_truth, "image_root": args.images}}
+            sources[""]["detections"] = files
+            output = Path(args.output or "alignment")
+        for data_set, source in sources.items():
+            folder = output / data_set
+            print_summary(write_alignment_report(output_dir=str(folder), **source))
+            print(f"Report: {folder / 'index.html'}")
+    except UserError as error:
+        print(f"analyze_alignment.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
