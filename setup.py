@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Install iou_balanced_d2, its configs and its projects.
 
-As in detectron2, the folders of the repository and the modules of the package differ in two places:
+As in detectron2, the folders of the repository differ from the modules of the package in three
+places:
 
     configs/                  -> iou_balanced_d2/model_zoo/configs
+    projects/<Name>/configs   -> iou_balanced_d2/model_zoo/projects/<Name>/configs
     projects/<Name>/<package> -> iou_balanced_d2.projects.<package>
 
 In an editable install (`pip install -e .`) the projects are found at once; the configs are those of
@@ -19,7 +21,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "iou_balanced_d2"
-CONFIGS = f"{PACKAGE}.model_zoo.configs"
 
 
 def version() -> str:
@@ -49,7 +50,16 @@ def projects() -> dict[str, str]:
     return modules
 
 
-PROJECTS = projects()
+def configs() -> dict[str, str]:
+    """Return module name -> folder for the configs of the repository and of every project."""
+    folders = {f"{PACKAGE}.model_zoo.configs": "configs"}
+    for folder in sorted(ROOT.glob("projects/*/configs")):
+        name = folder.relative_to(ROOT).as_posix()
+        folders[f"{PACKAGE}.model_zoo.{name.replace('/', '.')}"] = name
+    return folders
+
+
+PROJECTS, CONFIGS = projects(), configs()
 
 setup(
     name=PACKAGE,
@@ -69,9 +79,9 @@ setup(
     ],
     keywords="object-detection detectron2 retinanet loss iou",
     python_requires=">=3.10",
-    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), CONFIGS, *PROJECTS],
-    package_dir={CONFIGS: "configs", **PROJECTS},
-    package_data={PACKAGE: ["py.typed"], CONFIGS: ["**/*.yaml", "**/*.py"]},
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), *CONFIGS, *PROJECTS],
+    package_dir={**CONFIGS, **PROJECTS},
+    package_data={PACKAGE: ["py.typed"], **{key: ["**/*.yaml", "**/*.py"] for key in CONFIGS}},
     # Only what is named above; the files of the source archive are in MANIFEST.in.
     include_package_data=False,
     zip_safe=False,

@@ -26,6 +26,7 @@ from iou_balanced_d2.model_zoo import get_config_file
 from iou_balanced_d2.projects.toy.modeling import VALUE
 print(get_config_file("Base-RetinaNet.yaml"))
 print(get_config_file("lazy/toy.py"))
+print(get_config_file("Toy/toy.yaml"))
 """
 
 
@@ -97,6 +98,8 @@ def test_wheel_has_every_module_and_every_config(names: set[str]) -> None:
     assert configs
     for file in configs:
         assert f"iou_balanced_d2/model_zoo/{file.relative_to(ROOT).as_posix()}" in names
+    for file in ROOT.glob("projects/*/configs/**/*.yaml"):
+        assert f"iou_balanced_d2/model_zoo/{file.relative_to(ROOT).as_posix()}" in names
 
 
 def test_wheel_has_projects_as_subpackages(names: set[str]) -> None:
@@ -137,6 +140,7 @@ def test_sdist_has_what_it_takes_and_no_data(sdist: Path) -> None:
 def test_unpacked_wheel_finds_its_configs_and_projects(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    base, lazy = run(sys.executable, "-c", USE, tmp_path, cwd=tmp_path).splitlines()[-2:]
+    base, lazy, toy = run(sys.executable, "-c", USE, tmp_path, cwd=tmp_path).splitlines()[-3:]
     assert base == str(tmp_path / "iou_balanced_d2/model_zoo/configs/Base-RetinaNet.yaml")
     assert lazy == str(tmp_path / "iou_balanced_d2/model_zoo/configs/lazy/toy.py")
+    assert toy == str(tmp_path / "iou_balanced_d2/model_zoo/projects/Toy/configs/toy.yaml")

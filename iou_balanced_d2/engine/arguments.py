@@ -28,6 +28,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="read every image of the data sets before anything else (the annotations of data "
         "sets of one's own are checked in any case)",
     )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load checkpoints that hold other Python objects than tensors, arrays and plain "
+        "containers: reading them can run code, so only files whose origin you trust",
+    )
     args = parser.parse_args(argv)
     for word in args.opts:
         if word.startswith("--"):

@@ -121,6 +121,7 @@ def from_main_process(function: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     group = dist.new_group(backend="gloo")  # NCCL would need the whole of it on the GPU
+    assert isinstance(group, dist.ProcessGroup)
     dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
     if outcome[1] is not None:

@@ -11,6 +11,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from ..config import iou_balanced_args
 from ..errors import UserError
 from ..modeling import IoUBalancedLoss
+from .checkpoint import checkpoint_files
+from .precision import PRECISIONS
 
 # detectron2's and the paper's learning rate of RetinaNet, and detectron2's of FCOS, for each image
 # of the batch. A detector with another one says so in its `lr_per_image`.
@@ -48,13 +50,34 @@ def check_model(cfg: CfgNode) -> None:
         raise UserError(f"{key} {rest}") from error
 
 
+def check_training(cfg: CfgNode) -> None:
+    """Check the values of SOLVER.AMP and MODEL.EMA.
+
+    Raises:
+        UserError: naming the key.
+    """
+    precision, decay = cfg.SOLVER.AMP.PRECISION, cfg.MODEL.EMA.DECAY
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+        )
+    if cfg.SOLVER.AMP.ENABLED and precision == "float16" and cfg.MODEL.DEVICE == "cpu":
+        raise UserError(
+            "SOLVER.AMP.PRECISION float16 needs a GPU: on the CPU set SOLVER.AMP.PRECISION bfloat16"
+        )
+    if not 0 <= decay < 1:
+        raise UserError(f"MODEL.EMA.DECAY must be in [0, 1), got {decay}")
+
+
 def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
     """Check that the weights to start from exist, and that there are some to evaluate.
+
+    A detector that does not train without weights has a static method ``check_weights(cfg)``.
 
     Raises:
         UserError: naming the file, or what to give.
     """
-    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    if resume and checkpoint_files(cfg.OUTPUT_DIR):
         return
     weights = cfg.MODEL.WEIGHTS
     if eval_only and not weights:
@@ -62,8 +85,11 @@ def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
             "nothing to evaluate: give MODEL.WEIGHTS FILE, or --resume for the last checkpoint "
             f"in OUTPUT_DIR {cfg.OUTPUT_DIR!r}"
         )
-    if weights and "://" not in weights and not os.path.isfile(weights):
+    if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
         raise UserError(f"MODEL.WEIGHTS {weights!r} not found")
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not eval_only and hasattr(detector, "check_weights"):
+        detector.check_weights(cfg)
 
 
 def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int, machine_rank: int) -> None:
@@ -101,7 +127,8 @@ def warn_linear_rule(cfg: CfgNode) -> None:
     if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
         logger.warning(
             f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: the linear rule "
-            f"({16 * rate_per_image:g} for 16 images) gives {expected:g}"
+            f"({16 * rate_per_image:g} for 16 images) gives {expected:g} "
+            "(less is right for fine-tuning a detector)"
         )
 
 

@@ -9,17 +9,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..data.loading import CheckedMapper, load_training_dicts
+from .checkpoint import RobustCheckpointer, write_atomically
+from .precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ Inputs = list[dict[str, Any]]
 _NOISY_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
-class UntaggedCheckpointer(DetectionCheckpointer):
+class UntaggedCheckpointer(RobustCheckpointer):
     """A checkpointer whose files are not what ``--resume`` continues from."""
 
     def __init__(self, checkpointer: Checkpointer):
@@ -91,8 +93,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if not super()._update_best(val, iteration):
             return False  # not a number
         best = {"metric": self._val_metric, "value": val, "iteration": iteration}
-        with open(self._file, "w", encoding="utf-8") as f:
-            json.dump(best, f)
+        write_atomically(self._file, lambda f: f.write(json.dumps(best).encode()))
         return True
 
     def _tell_unknown(self, names: list[str]) -> None:
@@ -121,9 +122,11 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
     as_training.defrost()
     as_training.DATASETS.TRAIN = cfg.DATASETS.TEST
     as_training.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    augmentation = getattr(detector, "build_augmentation", build_augmentation)
     mapper = DatasetMapper(
         is_train=True,  # keeps the annotations
-        augmentations=build_augmentation(cfg, is_train=False),
+        augmentations=augmentation(cfg, is_train=False),
         image_format=cfg.INPUT.FORMAT,
     )
     return build_detection_test_loader(
@@ -209,7 +212,7 @@ def build_validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
         if not loaders:  # data sets are read when first needed
             loaders.append(build_validation_loader(cfg))
         batch_size = max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1)
-        with torch.autocast("cuda", enabled=cfg.SOLVER.AMP.ENABLED):
+        with autocast(cfg):
             return validation_losses(model, loaders[0], batch_size)
 
     return hooks.EvalHook(cfg.TEST.LOSS_PERIOD, compute)

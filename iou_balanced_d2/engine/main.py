@@ -6,7 +6,6 @@ import os
 import warnings
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -16,7 +15,15 @@ from detectron2.utils.logger import setup_logger
 from ..analysis.alignment_report import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
 from ..projects import import_projects
-from .checks import check_launch, check_model, check_output_dir, check_weights, warn_linear_rule
+from .checkpoint import RobustCheckpointer
+from .checks import (
+    check_launch,
+    check_model,
+    check_output_dir,
+    check_training,
+    check_weights,
+    warn_linear_rule,
+)
 from .config import choose_device, load_config
 from .trainer import Trainer
 
@@ -44,7 +51,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
     )
-    check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    check_training(cfg)
+    if args.machine_rank == 0:  # the others get the weights from there
+        check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
     check_output_dir(cfg)
     cfg.freeze()
@@ -71,9 +80,9 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
     if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
+        return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
     warn_linear_rule(cfg)
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -88,16 +97,29 @@ def write_reports(cfg: CfgNode) -> None:
         logger.info(f"Alignment of scores and boxes: {os.path.join(report, 'index.html')}")
 
 
-def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
+def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
 
+    With TEST.AUG.ENABLED also with test-time augmentation, and with MODEL.EMA.ENABLED the average
+    of the weights, too, where the checkpoint holds it.
+
+    Args:
+        cfg: the full config.
+        resume: whether to look for a checkpoint in OUTPUT_DIR.
+        trust_checkpoint: read checkpoints that hold any Python objects; that can run code.
+
     Returns:
-        the results by data set; exits with code 1 if TEST.EXPECTED_RESULTS are missed.
+        the results by data set, others under "tta" and "ema"; exits with code 1 if
+        TEST.EXPECTED_RESULTS are missed.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint)
+    others = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results = {**results, **Trainer.test_with_tta(cfg, model)}
+    if cfg.MODEL.EMA.ENABLED and "ema" in others:
+        results = {**results, **Trainer.test_average(cfg, model, others["ema"])}
     if comm.is_main_process():
         if cfg.TEST.ALIGNMENT_REPORT:
             write_reports(cfg)

@@ -48,8 +48,9 @@ class MixedPrecisionTrainer(AMPTrainer):
             data_loader: an iterable of batches.
             optimizer: of the model.
         """
-        scaling = cfg.SOLVER.AMP.PRECISION == "float16"
-        scaler = torch.amp.GradScaler(_device_type(cfg), enabled=scaling)
+        scaling = cfg.SOLVER.AMP.PRECISION == "float16"  # checked to be on a GPU
+        amp = torch.amp if hasattr(torch.amp, "GradScaler") else torch.cuda.amp  # before torch 2.3
+        scaler = amp.GradScaler(enabled=scaling)
         super().__init__(model, data_loader, optimizer, grad_scaler=scaler)
         self._cfg = cfg
 

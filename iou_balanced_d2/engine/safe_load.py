@@ -16,8 +16,15 @@ import torch
 from ..errors import UserError
 
 # What numpy names in the pickles of arrays, dtypes and scalars, besides its classes.
-_NUMPY_FUNCTIONS = ("_reconstruct", "scalar")
-_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMPY_FUNCTIONS = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    )
+}
 
 
 class BrokenCheckpoint(UserError):
@@ -48,17 +55,20 @@ class PlainUnpickler(pickle.Unpickler):
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
             ("collections", "OrderedDict"): collections.OrderedDict,
+            ("__builtin__", "bytes"): bytes,
         }
         if (module, name) in allowed:
             return allowed[module, name]
-        arrays = module in _NUMPY_MODULES and name in _NUMPY_FUNCTIONS
-        if arrays or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module.replace("numpy.core", _numpy_core()), name)
+        if (module, name) in _NUMPY_FUNCTIONS:
+            last = module.rsplit(".", 1)[1]
+            return super().find_class(f"numpy.{_numpy_core()}.{last}", name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
         raise _Refused(f"{module}.{name}")
 
 
 def _numpy_core() -> str:
-    return "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
+    return "_core" if int(np.__version__.split(".")[0]) >= 2 else "core"
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:

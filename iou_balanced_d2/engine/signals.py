@@ -9,8 +9,6 @@ from typing import Any
 from detectron2.utils import comm
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Iterations between which several processes compare whether one of them was asked to stop.
-_AGREE_PERIOD = 10
 
 
 class Stopped(BaseException):
@@ -61,7 +59,7 @@ class StopSignals:
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker, which has inherited the handler: its parent tells it when to end
+            return  # a data worker, which has inherited the handler and ends with its parent
         if self._received == signum:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._pid, signum)
@@ -70,21 +68,14 @@ class StopSignals:
             if self.interruptible:
                 raise Stopped(signum)
 
-    def check(self, iteration: int) -> None:
-        """Stop if a signal has come; several processes stop after the same iteration.
-
-        Args:
-            iteration: the one just done, counted from 0.
+    def check(self) -> None:
+        """Stop if a signal has come to any process; all of them must ask at the same time.
 
         Raises:
             Stopped: in every process.
         """
-        received = [self._received]
-        if comm.get_world_size() > 1:
-            if (iteration + 1) % _AGREE_PERIOD:
-                return
-            received = comm.all_gather(self._received)
-        for signum in received:
+        several = comm.get_world_size() > 1
+        for signum in comm.all_gather(self._received) if several else [self._received]:
             if signum is not None:
                 raise Stopped(signum)
 

@@ -1,5 +1,12 @@
-"""The project's config files, from a checkout or from an installed wheel."""
+"""The project's configs and models, from a checkout or from an installed wheel.
 
-from .model_zoo import get_config_file
+As ``detectron2.model_zoo``::
 
-__all__ = ["get_config_file"]
+    from iou_balanced_d2 import model_zoo
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml")
+    model = model_zoo.get("FCOS/COCO-Detection/fcos_R_50_FPN_1x_iou_balanced.yaml")
+"""
+
+from .model_zoo import get, get_checkpoint_url, get_config, get_config_file
+
+__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]

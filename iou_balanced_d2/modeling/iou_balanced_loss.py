@@ -89,7 +89,7 @@ class IoUBalancedLoss(nn.Module):
         cls_norm_scope: str = "batch",
         loc_lambda: float = 1.5,
         loc_weight: float = 0.0,
-        loc_weight_rule: str = "first",
+        loc_weight_rule: str = "anchors",
         warmup_iters: int = 1000,
         normalizer: str = "ema",
         normalizer_start: float = 100.0,

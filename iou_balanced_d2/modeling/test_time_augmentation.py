@@ -93,7 +93,7 @@ class DenseDetectorWithTTA(nn.Module):
 
     def _detect(self, image_input: Input) -> Instances:
         """The detections of one image, merged over its versions."""
-        parts = []
+        parts: list[Instances] = []
         versions = self.tta_mapper(image_input)
         # An image and its mirror image, of the same size, need no padding to be one batch.
         for _, same_size in itertools.groupby(versions, key=lambda x: x["image"].shape):

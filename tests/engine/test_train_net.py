@@ -31,13 +31,14 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     # Each image has positives, so two more steps have moved the average of the normaliser on.
     assert states[1]["loss_normalizer"] != states[0]["loss_normalizer"]
 
-    for source in (["--resume"], []):
-        weights = [] if source else ["MODEL.WEIGHTS", "out/model_final.pth"]
-        code, out, err = run(
-            "--config-file", own_config, "--eval-only", *source, *weights, cwd=tmp_path
-        )
+    augmented = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(48, 64)"]
+    weights = ["MODEL.WEIGHTS", "out/model_final.pth"]
+    for options in (["--resume"], [*weights, *augmented, "TEST.ALIGNMENT_REPORT", True]):
+        code, out, err = run("--config-file", own_config, "--eval-only", *options, cwd=tmp_path)
         assert code == 0, err
         assert "AP,AP50,AP55,AP60" in out
+    assert (tmp_path / "out/tta/inference/own/coco_instances_results.json").exists()
+    assert (tmp_path / "out/inference/own/alignment/index.html").exists()
     assert (
         json.loads((tmp_path / "out/inference/own/coco_instances_results.json").read_text())
         is not None

@@ -41,7 +41,12 @@ def make_batch(seed=0, num_images=NUM_IMAGES, dtype=torch.float64, spread=0.3):
 
 
 def make_loss(**kwargs):
-    arguments = {"num_classes": K, "box2box_transform": Box2BoxTransform((1.0, 1.0, 1.0, 1.0))}
+    arguments = {
+        "num_classes": K,
+        "box2box_transform": Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
+        # What the equations can be checked with: w_loc of the predicted boxes.
+        "loc_weight_rule": "first",
+    }
     return IoUBalancedLoss(**{**arguments, **kwargs})
 
 

@@ -51,8 +51,9 @@ def test_powers_change_only_the_loss_they_belong_to():
     batch = toy_batch()
     plain = losses_and_gradients(toy_model(*PLAIN), batch)[0]
     # At the first step both losses keep their sums, so it is the gradients that tell.
+    first = ("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "first")
     cls = losses_and_gradients(toy_model("MODEL.IOU_BALANCED.LOC_LAMBDA", 0.0), batch)
-    loc = losses_and_gradients(toy_model("MODEL.IOU_BALANCED.CLS_ETA", 0.0), batch)
+    loc = losses_and_gradients(toy_model("MODEL.IOU_BALANCED.CLS_ETA", 0.0, *first), batch)
     plain_grads = losses_and_gradients(toy_model(*PLAIN), batch)[1]
     for losses, grads, changed, same in (
         (*cls, "head.cls_score.weight", "head.bbox_pred.weight"),

@@ -83,7 +83,7 @@ class IoUBalancedFCOS(FCOS):
         cls_norm_scope: str = "batch",
         loc_lambda: float = 1.5,
         loc_weight: float = 0.0,
-        loc_weight_rule: str = "first",
+        loc_weight_rule: str = "running",
         warmup_iters: int = 1000,
         normalizer: str = "ema",
         **fcos: Any,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iou_balanced_d2.config import iou_balanced_args
+from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.modeling.positives import (
     find_positives,
     gather_anchors,
@@ -158,6 +159,19 @@ class SSD(DenseDetector):
     def build_augmentation(cls, cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T.Transform]:
         """Asked for by the data loaders: see :func:`augmentation.build_augmentation`."""
         return build_augmentation(cfg, is_train)
+
+    @staticmethod
+    def check_weights(cfg: CfgNode) -> None:
+        """Refuse to train VGG16, which has no normalisation, from scratch.
+
+        Raises:
+            UserError: naming what to pass.
+        """
+        if not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.NAME == "build_ssd_vgg_backbone":
+            raise UserError(
+                "VGG16 does not learn from scratch: give MODEL.WEIGHTS a file or URL of "
+                "torchvision's vgg16_features-amdegroot-88682ab5.pth, vgg16 or ssd300_vgg16"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As any module's; takes torchvision's VGG16 and SSD300 as well (see ``convert.py``)."""
@@ -292,7 +306,7 @@ class IoUBalancedSSD(SSD):
         cls_norm_scope: str = "image",
         loc_lambda: float = 1.5,
         loc_weight: float = 0.0,
-        loc_weight_rule: str = "first",
+        loc_weight_rule: str = "anchors",
         warmup_iters: int = 1000,
         normalizer: str = "batch",
         **ssd: Any,

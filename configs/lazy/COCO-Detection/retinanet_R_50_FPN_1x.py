@@ -1,0 +1,17 @@
+"""The baseline: detectron2's RetinaNet-R50, 1x schedule, plain losses, as in the YAML config."""
+
+from detectron2.model_zoo import get_config
+
+from iou_balanced_d2.modeling import IoUBalancedRetinaNet
+
+_base = get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+dataloader, lr_multiplier = _base.dataloader, _base.lr_multiplier
+optimizer, train = _base.optimizer, _base.train
+
+model = _base.model
+model._target_ = IoUBalancedRetinaNet
+model.cls_eta = 0.0
+model.loc_lambda = 0.0
+model.loc_weight_rule = "anchors"
+# The paper's knee.
+model.smooth_l1_beta = 0.11

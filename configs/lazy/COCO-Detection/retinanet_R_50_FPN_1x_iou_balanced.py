@@ -1,0 +1,6 @@
+"""retinanet_R_50_FPN_1x with both IoU-balanced losses, w_loc measured."""
+
+from .retinanet_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
+
+model.cls_eta = 1.5
+model.loc_lambda = 1.5

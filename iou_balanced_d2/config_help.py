@@ -1,0 +1,115 @@
+"""What each config key of the project and of its projects means, from the comments at its default.
+
+python -m iou_balanced_d2.config_help
+
+The comments in ``config.py`` and ``projects/*/*/config.py`` are the only place where the keys are
+described; here they are read and printed.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_iou_balanced_config
+from .projects import add_project_configs, import_projects
+
+_WIDTH = 100
+
+
+class KeyHelp(NamedTuple):
+    """A config key, e.g. "MODEL.IOU_BALANCED.CLS_ETA", its default and its comment as one line."""
+
+    key: str
+    default: Any
+    meaning: str
+
+
+def config_help() -> list[KeyHelp]:
+    """All keys that the project and its projects add to detectron2's, in the order of the files.
+
+    Keys that follow each other and share a comment have the same meaning. A key without one that
+    detectron2's RetinaNet has under the same name refers to that.
+
+    Returns:
+        the keys.
+    """
+    cfg = get_cfg()
+    add_iou_balanced_config(cfg)
+    add_project_configs(cfg)
+    functions: list[Callable[[CfgNode], None]] = [add_iou_balanced_config]
+    for name, module in import_projects().items():
+        functions.append(getattr(module, f"add_{name}_config"))
+    return [
+        KeyHelp(key, _value(cfg, key), meaning)
+        for function in functions
+        for key, meaning in _commented_keys(function)
+        if not isinstance(_value(cfg, key), CfgNode)
+    ]
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _commented_keys(function: Callable[[CfgNode], None]) -> Iterator[tuple[str, str]]:
+    """The keys that a function sets in its argument ``cfg``, each with its comment."""
+    source = textwrap.dedent(inspect.getsource(function))
+    lines = source.splitlines()
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    retinanet = get_cfg().MODEL.RETINANET
+    meaning = ""
+    for node in definition.body:
+        if not isinstance(node, ast.Assign):
+            continue
+        key = ast.unparse(node.targets[0]).removeprefix("cfg.")
+        name = key.rpartition(".")[2]
+        above = lines[: node.lineno - 1]
+        comment = _comment_at_the_end(above)
+        # A blank line ends what a comment is about.
+        if comment or not above[-1].strip():
+            meaning = comment
+        yield (
+            key,
+            meaning
+            if comment or name not in retinanet
+            else (f"As detectron2's MODEL.RETINANET.{name}."),
+        )
+
+
+def _comment_at_the_end(lines: list[str]) -> str:
+    """The comment that the last lines are, as one line."""
+    words: list[str] = []
+    for line in reversed(lines):
+        text = line.strip()
+        if not text.startswith("#"):
+            break
+        words.insert(0, text.lstrip("# "))
+    return " ".join(words)
+
+
+def format_help(keys: list[KeyHelp]) -> str:
+    """The keys as text for a terminal; those that share a comment stand together.
+
+    Args:
+        keys: from :func:`config_help`.
+
+    Returns:
+        lines of at most 100 characters, but for long defaults.
+    """
+    parts = []
+    for i, (key, default, meaning) in enumerate(keys):
+        parts.append(f"{key}: {default!r}")
+        if i + 1 == len(keys) or keys[i + 1].meaning != meaning:
+            parts.append(textwrap.indent(textwrap.fill(meaning, _WIDTH - 4), "    ") + "\n")
+    return "\n".join(parts).rstrip()
+
+
+if __name__ == "__main__":
+    print(format_help(config_help()))

@@ -1,0 +1,104 @@
+"""The printed help of the config keys: complete, from the comments, and of keys that are used."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from iou_balanced_d2 import add_iou_balanced_config
+from iou_balanced_d2.config_help import KeyHelp, _commented_keys, config_help, format_help
+from iou_balanced_d2.projects import add_project_configs
+
+ROOT = Path(__file__).parent.parent
+KEYS = {item.key: item for item in config_help()}
+README = (ROOT / "README.md").read_text()
+CODE = "\n".join(
+    path.read_text()
+    for pattern in ("iou_balanced_d2/**/*.py", "projects/*/*/*.py", "*.py", "tools/*.py")
+    for path in ROOT.glob(pattern)
+    if path.name != "config.py"
+)
+
+
+def flat(cfg, prefix=""):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def add_toy_config(cfg):
+    # What it is about:
+    # all of it.
+    cfg.MODEL.TOY = CfgNode()
+    cfg.MODEL.TOY.ENABLED = False
+    cfg.MODEL.TOY.NUM_CLASSES = 3
+    # eq. 2; many lines
+    # of words.
+    cfg.MODEL.TOY.POWERS = [
+        1.0,
+    ]
+    cfg.MODEL.TOY.OTHER = 1
+
+    cfg.MODEL.TOY.UNKNOWN = 2
+
+
+def test_comments_are_read_with_the_keys_they_are_about():
+    assert dict(_commented_keys(add_toy_config)) == {
+        "MODEL.TOY": "What it is about: all of it.",
+        "MODEL.TOY.ENABLED": "What it is about: all of it.",
+        "MODEL.TOY.NUM_CLASSES": "As detectron2's MODEL.RETINANET.NUM_CLASSES.",
+        "MODEL.TOY.POWERS": "eq. 2; many lines of words.",
+        "MODEL.TOY.OTHER": "eq. 2; many lines of words.",
+        "MODEL.TOY.UNKNOWN": "",
+    }
+
+
+def test_every_key_that_is_added_is_there_with_its_default():
+    ours = get_cfg()
+    before = dict(flat(ours))
+    add_iou_balanced_config(ours)
+    add_project_configs(ours)
+    added = {key: value for key, value in flat(ours) if key not in before}
+    assert {key: item.default for key, item in KEYS.items()} == added
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_has_a_meaning_and_is_used(key):
+    assert KEYS[key].meaning
+    name = key.rpartition(".")[2]
+    # The losses' keys are handed on as arguments of the same name in lower case.
+    used = name.lower() if key.startswith("MODEL.IOU_BALANCED.") else name
+    assert re.search(rf"\b{used}\b", CODE)
+
+
+def test_every_key_of_the_losses_is_in_the_readme():
+    for key in KEYS:
+        if key.startswith("MODEL.IOU_BALANCED."):
+            assert f"| `{key.rpartition('.')[2]}` |" in README
+
+
+def test_equations_of_the_losses_are_named():
+    assert KEYS["MODEL.IOU_BALANCED.CLS_ETA"].meaning.startswith("eta of eq. 2")
+    assert KEYS["MODEL.IOU_BALANCED.LOC_LAMBDA"].meaning.startswith("lambda of eq. 4")
+    assert "eq. 4" in KEYS["MODEL.IOU_BALANCED.LOC_WEIGHT"].meaning
+
+
+def test_keys_with_one_comment_stand_together():
+    keys = [KeyHelp("A.ON", False, "words " * 30), KeyHelp("A.BY", "x", "words " * 30)]
+    lines = format_help([*keys, KeyHelp("B", 1, "other")]).splitlines()
+    assert lines[:2] == ["A.ON: False", "A.BY: 'x'"]
+    assert lines[-3:] == ["", "B: 1", "    other"]
+    assert all(line.startswith("    words") and len(line) <= 100 for line in lines[2:-3])
+
+
+def test_the_command_prints_it_without_a_warning():
+    command = [sys.executable, "-m", "iou_balanced_d2.config_help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    assert done.stdout.startswith("MODEL.IOU_BALANCED.CLS_ETA: 1.5\n    eta of eq. 2")

@@ -1,0 +1,99 @@
+"""Fine-tuning a stock RetinaNet: its configs, its weights, and what becomes of other classes."""
+
+import logging
+
+import pytest
+import torch
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import RetinaNet
+from detectron2.utils.events import EventStorage
+
+from iou_balanced_d2 import model_zoo
+from iou_balanced_d2.engine.trainer import LossState
+
+from .command import run
+from .toy import toy_batch, toy_config, toy_model
+
+STOCK = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+FIRST = ("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "first")
+
+
+def load(name):
+    return model_zoo.get_config(f"Fine-Tuning/retinanet_{name}.yaml")
+
+
+@pytest.mark.parametrize("depth", ["R_50", "R_101"])
+def test_configs_start_from_detectron2s_zoo_and_differ_in_the_losses_alone(depth):
+    plain, ours = load(f"{depth}_FPN"), load(f"{depth}_FPN_iou_balanced")
+    url = detectron2_zoo.get_checkpoint_url(f"COCO-Detection/retinanet_{depth}_FPN_3x.yaml")
+    # The zoo's files have two spellings, one of which is read through a mirror if need be.
+    assert ours.MODEL.WEIGHTS.removeprefix("detectron2://") == url.split("/detectron2/")[1]
+    keys = ours.MODEL.IOU_BALANCED
+    assert (keys.CLS_ETA, keys.LOC_LAMBDA, keys.LOC_WEIGHT_RULE) == (1.5, 1.5, "first")
+    keys.CLS_ETA = keys.LOC_LAMBDA = 0.0
+    assert ours == plain
+    zoo = model_zoo.get_config(f"COCO-Detection/retinanet_{depth}_FPN_3x.yaml" if depth == "R_101"
+                               else "COCO-Detection/retinanet_R_50_FPN_1x.yaml")  # fmt: skip
+    for part in ("RESNETS", "FPN", "RETINANET", "ANCHOR_GENERATOR", "PIXEL_MEAN", "BACKBONE"):
+        assert ours.MODEL[part] == zoo.MODEL[part]
+    epoch = 117266 / ours.SOLVER.IMS_PER_BATCH
+    assert (round(1.5 * epoch),) == ours.SOLVER.STEPS
+    assert round(2 * epoch) == ours.SOLVER.MAX_ITER
+
+
+@pytest.fixture
+def stock_checkpoint(tmp_path):
+    """What detectron2's RetinaNet of 3 classes writes, whose boxes are those of its anchors."""
+    model = toy_model(*STOCK)
+    assert type(model) is RetinaNet
+    torch.nn.init.normal_(model.head.cls_score.bias, std=0.1)
+    torch.nn.init.zeros_(model.head.bbox_pred.weight)
+    DetectionCheckpointer(model, str(tmp_path)).save("stock")
+    return str(tmp_path / "stock.pth"), model
+
+
+def test_a_stock_checkpoint_is_loaded_whole_and_w_loc_measured_afresh(stock_checkpoint, caplog):
+    path, stock = stock_checkpoint
+    model = toy_model(*FIRST)
+    with caplog.at_level(logging.WARNING):
+        DetectionCheckpointer(model, iou_balanced=LossState(model)).resume_or_load(path)
+    assert not [
+        r for r in caplog.records if "Skip loading" in r.message or "not found" in r.message
+    ]
+    for name, value in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert model.iou_balanced_loss.loc_weight.w_loc == 0
+    with EventStorage(0):
+        model(toy_batch())
+    assert model.iou_balanced_loss.loc_weight.w_loc > 1
+
+
+def test_layers_of_other_classes_start_anew_and_are_named(stock_checkpoint, caplog):
+    path, stock = stock_checkpoint
+    model = toy_model(*FIRST, "MODEL.RETINANET.NUM_CLASSES", 5)
+    fresh = model.head.cls_score.weight.detach().clone()
+    with caplog.at_level(logging.WARNING):
+        DetectionCheckpointer(model).resume_or_load(path)
+    skipped = [r.message for r in caplog.records if "Skip loading" in r.message]
+    for name in ("bias", "weight"):
+        words = f"Skip loading parameter 'head.cls_score.{name}' to the model due to incompatible"
+        assert [message for message in skipped if message.startswith(words)]
+    assert len(skipped) == 2
+    assert torch.equal(model.head.cls_score.weight, fresh)
+    assert torch.equal(model.head.bbox_pred.bias, stock.head.bbox_pred.bias)
+
+
+def test_train_net_fine_tunes_it(own_config, stock_checkpoint):
+    """3 classes in the checkpoint, 2 in the data: told, and trained."""
+    options = (*FIRST, "MODEL.WEIGHTS", stock_checkpoint[0], "SOLVER.MAX_ITER", 2)
+    args = ("--config-file", own_config, *options, "SOLVER.STEPS", "(1,)")
+    code, out, err = run(*args, cwd=own_config.parent)
+    assert code == 0, (out + err)[-3000:]
+    assert "head.cls_score.weight" in out + err
+    assert "w_loc measured" in out
+
+
+def test_toy_config_has_the_zoos_layers():
+    """So that what holds for the toy holds for the zoo's model."""
+    assert toy_config().MODEL.FPN.IN_FEATURES == load("R_50_FPN").MODEL.FPN.IN_FEATURES

@@ -1,0 +1,157 @@
+"""LazyConfigs: the YAML configs' models, and training from them."""
+
+import copy
+import json
+import sys
+
+import lazyconfig_train_net
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from iou_balanced_d2 import model_zoo
+from iou_balanced_d2.errors import UserError
+
+from .command import forget_own_data
+from .toy import toy_batch
+
+NAMES = ["retinanet_R_50_FPN_1x", "fcos_R_50_FPN_1x"]
+OWN = """
+from detectron2.layers import ShapeSpec
+from iou_balanced_d2.data import register_coco_json
+from iou_balanced_d2.model_zoo import get_config
+
+register_coco_json("own", {json!r}, {images!r})
+_base = get_config("lazy/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.py")
+dataloader, lr_multiplier = _base.dataloader, _base.lr_multiplier
+optimizer, model, train = _base.optimizer, _base.model, _base.train
+model.backbone.bottom_up.stages.depth = 18
+del model.backbone.bottom_up.stages.stride_in_1x1
+model.backbone.bottom_up.stages.norm = model.backbone.bottom_up.stem.norm = "BN"
+model.backbone.bottom_up.freeze_at = 0
+model.backbone.out_channels = 16
+model.backbone.top_block.in_channels = 512
+model.head.conv_dims = [16]
+model.head.input_shape = [ShapeSpec(channels=16)] * 5
+model.num_classes = 2
+for _part in (dataloader.train, dataloader.test):
+    _part.dataset.names = "own"
+    _part.num_workers = 0
+    _part.mapper.augmentations[0].short_edge_length = [64, 64]
+dataloader.train.total_batch_size = 2
+train.init_checkpoint = ""
+train.max_iter = 2
+train.output_dir = "out"
+"""
+
+
+def names_of(name):
+    yaml_name = f"COCO-Detection/{name}.yaml"
+    if name.startswith("fcos"):
+        yaml_name = f"FCOS/{yaml_name}"
+    return yaml_name, f"lazy/COCO-Detection/{name}.py"
+
+
+def both(name):
+    """The model of the YAML config and that of the LazyConfig, on the CPU."""
+    yaml_name, lazy_name = names_of(name)
+    cfg = model_zoo.get_config(yaml_name)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg), instantiate(model_zoo.get_config(lazy_name).model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_and_losses_are_those_of_the_yaml_config(name):
+    from_yaml, from_lazy = both(f"{name}_iou_balanced")
+    assert type(from_yaml) is type(from_lazy)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (from_yaml, from_lazy)]
+    assert shapes[0] == shapes[1]
+    trained = [[k for k, v in m.named_parameters() if v.requires_grad]
+               for m in (from_yaml, from_lazy)]  # fmt: skip
+    assert trained[0] == trained[1]
+    from_lazy.load_state_dict(from_yaml.state_dict())
+    losses = []
+    for model in (from_yaml, from_lazy):
+        with EventStorage(0), torch.no_grad():
+            losses.append(model(copy.deepcopy(toy_batch())))
+    assert losses[0] == losses[1]
+    assert all(value > 0 for value in losses[0].values())
+
+
+@pytest.mark.parametrize("name", [f"{n}{v}" for n in NAMES for v in ("", "_iou_balanced")])
+def test_settings_are_those_of_the_yaml_config(name):
+    yaml_name, lazy_name = names_of(name)
+    cfg, lazy = model_zoo.get_config(yaml_name), model_zoo.get_config(lazy_name)
+    keys = cfg.MODEL.IOU_BALANCED
+    power = 1.5 if name.endswith("iou_balanced") else 0.0
+    assert (lazy.model.cls_eta, lazy.model.loc_lambda) == (power, power)
+    assert (keys.CLS_ETA, keys.LOC_LAMBDA) == (power, power)
+    assert lazy.model.loc_weight_rule == keys.LOC_WEIGHT_RULE
+    assert (lazy.train.max_iter, lazy.optimizer.lr) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR)
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+
+
+@pytest.fixture
+def command(tmp_path, own_data, monkeypatch):
+    """Run the script in this process on a toy model and own data; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN.format(json=own_data[0], images=own_data[1]))
+
+    def run(*args):
+        forget_own_data()
+        argv = ["lazyconfig_train_net.py", "--config-file", "own.py", *args]
+        monkeypatch.setattr(sys, "argv", argv)
+        return lazyconfig_train_net.run()
+
+    return run
+
+
+def test_it_trains_resumes_and_evaluates(command, tmp_path):
+    assert command() == 0
+    state = torch.load(tmp_path / "out/model_final.pth", weights_only=True)["iou_balanced"]
+    assert command("--resume", "train.max_iter=3") == 0
+    resumed = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    assert resumed["iteration"] == 2
+    # w_loc was measured in the first training and kept.
+    w_loc = [key for key in state["losses"][0] if "w_loc" in key or "loc_weight" in key]
+    assert w_loc
+    assert all(str(resumed["iou_balanced"]["losses"][0][k]) == str(state["losses"][0][k])
+               for k in w_loc)  # fmt: skip
+    weights = "train.init_checkpoint=out/model_final.pth"
+    assert command("--eval-only", weights, "train.output_dir=evaluated") == 0
+    results = tmp_path / "evaluated/inference/own/coco_instances_results.json"
+    assert isinstance(json.loads(results.read_text()), list)
+
+
+def test_mistakes_are_one_line(command, capsys):
+    for args, words in (
+        (["train.max_itr=3"], "unknown key 'train.max_itr'; did you mean 'train.max_iter'?"),
+        (["train.max_iter=3", "--eval-only"], "'--eval-only' is no KEY=VALUE pair"),
+        (["train.init_checkpoint=no.pth"], "train.init_checkpoint 'no.pth' not found"),
+        (["--eval-only"], "nothing to evaluate"),
+        (["--config-file", "no.py"], "'no.py' is no file that ends in .py"),
+    ):
+        assert command(*args) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("lazyconfig_train_net.py: error: ")
+        assert words in err
+
+
+def test_broken_files_are_named(tmp_path):
+    for text, words in (("model = 1 +", "SyntaxError"), ("train = {}", "does not define model")):
+        path = tmp_path / "broken.py"
+        path.write_text(text)
+        args = lazyconfig_train_net.default_argument_parser().parse_args(
+            ["--config-file", str(path)]
+        )
+        with pytest.raises(UserError, match=words):
+            lazyconfig_train_net.load(args)
+
+
+def test_every_lazy_config_has_all_parts():
+    for name in NAMES:
+        for variant in ("", "_iou_balanced"):
+            path = model_zoo.get_config_file(names_of(f"{name}{variant}")[1])
+            assert set(lazyconfig_train_net.PARTS) <= set(LazyConfig.load(path))

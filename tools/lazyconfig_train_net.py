@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector from a LazyConfig, detectron2's configs in Python.
+
+python tools/lazyconfig_train_net.py \
+    --config-file configs/lazy/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.py
+
+Overrides are KEY=VALUE: train.max_iter=1000 model.cls_eta=1.5. A config file runs code: take only
+those you trust.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import warnings
+from typing import Any
+
+from iou_balanced_d2.engine import launch
+from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
+from iou_balanced_d2.engine.trainer import LossState
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.evaluation import BoxEvaluator
+from iou_balanced_d2.projects import import_projects
+
+# isort: split
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
+
+
+def load(args: argparse.Namespace) -> DictConfig:
+    """The config of the run, checked as far as that goes without building it."""
+    path = args.config_file
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(f"--config-file {path!r} is no file that ends in .py")
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:
+        raise UserError(f"config file {path!r}: {type(error).__name__}: {error}") from error
+    missing = [part for part in PARTS if part not in cfg]
+    if missing:
+        raise UserError(f"config file {path!r} does not define {', '.join(missing)}")
+    keys = flat_keys(OmegaConf.to_container(cfg))
+    for word in args.opts:
+        check_override(word, keys)
+    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    weights = cfg.train.init_checkpoint
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"train.init_checkpoint {weights!r} not found")
+    if args.eval_only and not weights and not args.resume:
+        raise UserError("nothing to evaluate: give train.init_checkpoint=FILE, or --resume")
+    return cfg
+
+
+def flat_keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    below = [[f"{prefix}{key}", *flat_keys(v, f"{prefix}{key}.")] for key, v in node.items()]
+    return [key for keys in below for key in keys]
+
+
+def check_override(word: str, keys: list[str]) -> None:
+    """Refuse what detectron2 would add as a key that nothing reads."""
+    key, equals, _ = word.partition("=")
+    if not equals:
+        raise UserError(f"{word!r} is no KEY=VALUE pair (flags stand before the first of those)")
+    # Arguments of what is built may be left out in the file; the parts of those are free.
+    if key in keys or (key.rpartition(".")[0] in keys and key.startswith("model.")):
+        return
+    close = difflib.get_close_matches(key, keys, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown key {key!r}{hint}")
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """AP over IoU thresholds on the data set of ``dataloader.test``."""
+    name = cfg.dataloader.test.dataset.names
+    output_dir = os.path.join(cfg.train.output_dir, "inference", name)
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, BoxEvaluator(name, output_dir))
+    if comm.is_main_process():
+        print_csv_format(results)
+    return dict(results)
+
+
+def build_hooks(
+    cfg: DictConfig, model: nn.Module, checkpointer: RobustCheckpointer
+) -> list[hooks.HookBase]:
+    built = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+    ]
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        built.insert(2, hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+        built.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+    return built
+
+
+def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    if comm.get_world_size() > 1:
+        model = create_ddp_model(model, **cfg.train.ddp)
+    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
+    checkpointer = RobustCheckpointer(
+        model, cfg.train.output_dir, trainer=trainer, iou_balanced=LossState(model)
+    )
+    trainer.register_hooks(build_hooks(cfg, model, checkpointer))
+    resume = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+
+
+def main(args: argparse.Namespace) -> None:
+    """The run, in each process."""
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    import_projects()
+    cfg = load(args)
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        checkpointer = RobustCheckpointer(model, cfg.train.output_dir)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        evaluate(cfg, model)
+        return
+    train(cfg, model, resume=args.resume)
+
+
+def run() -> int:
+    """Check, then launch; a user's mistake is one line and exit code 2."""
+    args = default_argument_parser().parse_args()
+    try:
+        load(args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except UserError as error:
+        print(f"lazyconfig_train_net.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
