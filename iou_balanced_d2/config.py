@@ -23,10 +23,10 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     cfg.MODEL.IOU_BALANCED.LOC_WEIGHT = 0.0
     # How w_loc is measured, so that the sum of the box loss stays what it was: "first" = at the
     # first step, then kept, the paper's words; "anchors" = the same with the anchors for the boxes,
-    # what the paper's rule comes to for heads that start at 0 as its own do, and right also for
-    # heads that start at noise, where "first" gave 6.2 and 5 AP less (MODEL_ZOO.md); not for FCOS,
-    # and for fine-tuning "first" is right; "warmup" = over the SOLVER.WARMUP_ITERS steps of the
-    # warm-up, then kept; "running" = at every step anew, eq. 5.
+    # what the paper's rule comes to for heads that start at 0 as its own do (2.4 on photos), and
+    # right also for heads that start at noise, where "first" gave 4.6 to 6.2 (MODEL_ZOO.md); not
+    # for FCOS, and for fine-tuning "first" is right; "warmup" = over the SOLVER.WARMUP_ITERS steps
+    # of the warm-up, then kept; "running" = at every step anew, eq. 5.
     cfg.MODEL.IOU_BALANCED.LOC_WEIGHT_RULE = "anchors"
     # What the losses are divided by: "ema" = the moving average of the number of positives,
     # detectron2's rule; "batch" = the number of positives of this step, the author's code.

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end a training between two steps."""
 
+import mmap
 import os
 import signal
 import threading
@@ -9,6 +10,8 @@ from typing import Any
 from detectron2.utils import comm
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Whether a training is under way: one byte shared with the data workers, which are forked.
+_training = mmap.mmap(-1, 1)
 
 
 class Stopped(BaseException):
@@ -42,6 +45,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
+        _training[0] = 1
         # Only there does Python let one; elsewhere signals do what they did.
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
@@ -54,6 +58,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _training[0] = 0
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -80,7 +85,16 @@ class StopSignals:
                 raise Stopped(signum)
 
 
-def ignore_in_worker() -> None:
-    """Let a data worker outlive the signal that its whole process group gets."""
+def outlive_in_worker() -> None:
+    """Let a data worker outlive the signal that its whole process group gets during a training.
+
+    Afterwards it ends, as the exit of its parent waits for it: an error's traceback keeps the data
+    loader alive, which would have ended it before.
+    """
+
+    def handle(*_: Any) -> None:
+        if not _training[0]:
+            os._exit(0)
+
     for signum in _SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, handle)

@@ -19,7 +19,7 @@ from detectron2.data.build import build_batch_data_loader
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .signals import ignore_in_worker
+from .signals import outlive_in_worker
 
 Sample = tuple[int, int]  # its number in this process's part of the stream, its image's index
 Mapper = Callable[[dict[str, Any]], Any]
@@ -74,7 +74,7 @@ class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            ignore_in_worker()
+            outlive_in_worker()
         number, id_ = (worker.num_workers, worker.id) if worker is not None else (1, 0)
         for i, sample in enumerate(self._samples()):
             if i // self._chunk % number == id_:
