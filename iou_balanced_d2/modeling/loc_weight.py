@@ -97,7 +97,7 @@ class LocWeight(nn.Module):
             logger.warning(
                 "This w_loc is far above the paper's 2.3 to 3.0, as the first boxes are bad. Once "
                 "they are good the box loss will weigh several times the plain one "
-                "(iou_balanced/loc_mean_weight). Consider MODEL.IOU_BALANCED.LOC_WEIGHT 2.0, or the "
+                "(iou_balanced/loc_mean_weight). Consider MODEL.IOU_BALANCED.LOC_WEIGHT 2.0, or "
                 "LOC_WEIGHT_RULE anchors (running, for a detector without anchors)"
             )
 
