@@ -315,7 +315,7 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
         "DATASETS.TEST": ("eight",),
         "INPUT.MIN_SIZE_TRAIN": (96,),
         "INPUT.MIN_SIZE_TEST": 96,
-        "SOLVER.MAX_ITER": 80,
+        "SOLVER.MAX_ITER": 120,
         "SOLVER.WARMUP_ITERS": 20,
         "SEED": 1,
         "OUTPUT_DIR": "out",
@@ -326,5 +326,4 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     path = CONFIGS / "Demo/fcos_demo_iou_balanced.yaml"
     code, out, err = run("--config-file", path, *words, cwd=tmp_path, timeout=600)
     assert code == 0, (out + err)[-3000:]
-    assert "w_loc measured" in out
     assert "Results verification passed" in out

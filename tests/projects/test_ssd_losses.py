@@ -16,6 +16,8 @@ from .ssd_toy import NUM_CLASSES, toy_model
 K = NUM_CLASSES
 BALANCED = ("MODEL.META_ARCHITECTURE", "IoUBalancedSSD")
 PLAIN = ("MODEL.META_ARCHITECTURE", "SSD")
+# What the equations can be checked with: w_loc of the predicted boxes.
+FIRST = ("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "first")
 
 
 def image(boxes=(), classes=(), seed=0):
@@ -149,7 +151,7 @@ def smooth_l1(anchor, delta, gt):
 
 
 def test_iou_balanced_losses_are_the_equations():
-    model = toy_model(*BALANCED)
+    model = toy_model(*BALANCED, *FIRST)
     expected, w_loc = numpy_losses(*arguments_of_losses(model, batch()))
     losses, _ = step(model, batch())
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -169,7 +171,7 @@ def test_iou_balanced_losses_are_the_equations():
 
 def test_each_positive_has_the_weight_of_eq_2_and_4():
     """By gradients: that of CE is softmax - one-hot, and sums alone would not show the weights."""
-    model = toy_model(*BALANCED)
+    model = toy_model(*BALANCED, *FIRST)
     anchors, logits, gt_labels, deltas, gt_boxes = arguments_of_losses(model, batch())
     logits, deltas = ([x.detach().requires_grad_() for x in xs] for xs in (logits, deltas))
     with EventStorage():
