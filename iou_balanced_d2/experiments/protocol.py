@@ -244,8 +244,14 @@ def _check(protocol: Protocol, reader: _Reader) -> None:
     for key, named in (("data_sets", protocol.data_sets), ("variants", protocol.variants)):
         if not named:
             raise reader.error(key, "expected at least one")
-    if protocol.choose and protocol.choose.variant not in protocol.variants:
-        raise reader.error("choose.variant", f"no variant {protocol.choose.variant!r}")
+    if protocol.choose:
+        chosen_on = protocol.variants.get(protocol.choose.variant)
+        # It is run before any other variant, so that there are no numbers of others yet.
+        if chosen_on is None or references(chosen_on):
+            raise reader.error(
+                "choose.variant",
+                f"no variant {protocol.choose.variant!r} whose settings are all numbers",
+            )
     for name, settings in protocol.variants.items():
         for reference in references(settings):
             other = protocol.variants.get(reference.variant)

@@ -81,6 +81,13 @@ CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K"
         ({"choose": CHOOSE | {"held_out": 0}}, "choose.held_out: expected a share above 0"),
         ({"choose": CHOOSE | {"options": [1]}}, "choose.options: expected a list of config keys"),
         ({"choose": CHOOSE | {"variant": "x"}}, "choose.variant: no variant 'x'"),
+        (
+            {
+                "choose": CHOOSE,
+                "variants": {"a": {}, "baseline": {"K": {"mean_of": "s", "variant": "a"}}},
+            },
+            "choose.variant: no variant 'baseline' whose settings are all numbers",
+        ),
         ({"choose": CHOOSE | {"extra": 1}}, "choose.extra: unknown"),
     ],
 )
