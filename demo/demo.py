@@ -121,6 +121,7 @@ def draw_pictures(detector: Detector, files: Sequence[str], output: Path) -> int
             failed += 1
             continue
         name = free_name(Path(file), written)
+        keep_input(file, output / name)
         write_picture(output / name, draw(image, detector(image), detector.metadata))
     return failed
 
@@ -143,6 +144,16 @@ def free_name(file: Path, written: set[str]) -> str:
     return name
 
 
+def keep_input(file: str, target: Path) -> None:
+    """Make sure that what is drawn does not replace what it is drawn on.
+
+    Raises:
+        UserError: if both are the same file.
+    """
+    if target.exists() and target.samefile(file):
+        raise UserError(f"{file} would be overwritten: give another folder as --output")
+
+
 def write_picture(file: Path, picture: np.ndarray) -> None:
     """Write (H, W, 3) uint8 BGR in the format that the file's ending names."""
     if not cv2.imwrite(str(file), picture):
@@ -159,7 +170,7 @@ def draw_video(detector: Detector, file: str, output: Path) -> int:
             print(f"{file}: skipped, can't be read as a video{missing}", file=sys.stderr)
             return 1
         size = (frame.shape[1], frame.shape[0])
-        writer, written = open_writer(output / Path(file).stem, video, size)
+        writer, written = open_writer(file, output / Path(file).stem, video, size)
         visualizer = VideoVisualizer(detector.metadata)
         with tqdm(total=max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None) as progress:
             while ok:
@@ -174,11 +185,12 @@ def draw_video(detector: Detector, file: str, output: Path) -> int:
     return 0
 
 
-def open_writer(stem: Path, video: Any, size: tuple[int, int]) -> tuple[Any, Path]:
+def open_writer(source: str, stem: Path, video: Any, size: tuple[int, int]) -> tuple[Any, Path]:
     """A writer of video frames (width, height): MP4, or AVI where OpenCV can't write that."""
     rate = video.get(cv2.CAP_PROP_FPS) or 25.0
     for suffix, codec in ((".mp4", "mp4v"), (".avi", "MJPG")):
         file = stem.with_name(stem.name + suffix)
+        keep_input(source, file)
         writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*codec), rate, size)
         if writer.isOpened():
             return writer, file

@@ -6,3 +6,9 @@ class UserError(Exception):
 
     ``train_net.py`` and the tools print it as one line and exit with code 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a UserError; from a data loader's worker it comes after a traceback."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1].removeprefix("iou_balanced_d2.errors.UserError: ")

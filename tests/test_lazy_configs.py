@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from iou_balanced_d2 import model_zoo
+from iou_balanced_d2.engine.arguments import launch_argument_parser
 from iou_balanced_d2.errors import UserError
 
 from .command import forget_own_data
@@ -143,9 +144,7 @@ def test_broken_files_are_named(tmp_path):
     for text, words in (("model = 1 +", "SyntaxError"), ("train = {}", "does not define model")):
         path = tmp_path / "broken.py"
         path.write_text(text)
-        args = lazyconfig_train_net.default_argument_parser().parse_args(
-            ["--config-file", str(path)]
-        )
+        args = launch_argument_parser().parse_args(["--config-file", str(path)])
         with pytest.raises(UserError, match=words):
             lazyconfig_train_net.load(args)
 

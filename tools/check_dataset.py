@@ -69,7 +69,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_datasets(cfg, training=True)
+        check_datasets(cfg, training=True, inspect=False)  # all problems are listed here
         names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         found = sum([check(cfg, name, args) for name in names])
     except UserError as error:

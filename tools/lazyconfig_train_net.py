@@ -11,14 +11,18 @@ those you trust.
 import argparse
 import difflib
 import os
+import re
 import sys
 import warnings
 from typing import Any
 
-from iou_balanced_d2.engine import launch
+from iou_balanced_d2.engine import find_placement, launch
+from iou_balanced_d2.engine.agreement import flatten
+from iou_balanced_d2.engine.arguments import launch_argument_parser
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
-from iou_balanced_d2.engine.trainer import LossState
-from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.engine.launch import telling_others
+from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.projects import import_projects
 
@@ -29,7 +33,6 @@ from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
     create_ddp_model,
-    default_argument_parser,
     default_setup,
     default_writers,
     hooks,
@@ -118,7 +121,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if comm.get_world_size() > 1:
-        model = create_ddp_model(model, **cfg.train.ddp)
+        # detectron2 would give it this process's number, also where that is no GPU.
+        gpu = {} if cfg.train.device.startswith("cuda") else {"device_ids": None}
+        model = create_ddp_model(model, **cfg.train.ddp, **gpu)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = RobustCheckpointer(
@@ -145,23 +150,27 @@ def main(args: argparse.Namespace) -> None:
     train(cfg, model, resume=args.resume)
 
 
+def facts_of(cfg: DictConfig, args: argparse.Namespace) -> dict[str, str]:
+    """What must be the same in all processes: all but files and folders."""
+    flat = flatten(OmegaConf.to_container(cfg))
+    own = ("train.output_dir", "train.init_checkpoint")
+    # A function's text has its address in it, which differs from process to process.
+    text = {key: re.sub(" at 0x[0-9a-f]+", "", str(value)) for key, value in flat.items()}
+    facts = {key: value for key, value in text.items() if key not in own}
+    return {"--eval-only": str(args.eval_only), **facts}
+
+
 def run() -> int:
     """Check, then launch; a user's mistake is one line and exit code 2."""
-    args = default_argument_parser().parse_args()
+    args = launch_argument_parser().parse_args()
     try:
-        load(args)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        placement = find_placement(args)
+        with telling_others(placement):
+            cfg = load(args)
+        return launch(main, (args,), placement, device=cfg.train.device, facts=facts_of(cfg, args))
     except UserError as error:
-        print(f"lazyconfig_train_net.py: error: {error}", file=sys.stderr)
+        print(f"lazyconfig_train_net.py: error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def draw_pair(record: dict[str, Any], instances: Instances, metadata: Metadata) 
     return np.concatenate([left.get_image(), right.get_image()], axis=1)
 
 
+def free_name(stem: str, written: set[str]) -> str:
+    """The picture's file name, numbered where folders of the data set have files of one name."""
+    name, number = f"{stem}.png", 1
+    while name in written:
+        number += 1
+        name = f"{stem}_{number}.png"
+    written.add(name)
+    return name
+
+
 def visualize(cfg: CfgNode, output: Path, num_images: int, threshold: float) -> None:
     """Draw the first images of each data set of DATASETS.TEST into ``output``."""
     check_datasets(cfg, training=False)
@@ -80,11 +90,12 @@ def visualize(cfg: CfgNode, output: Path, num_images: int, threshold: float) -> 
         detections = read_detections(cfg, name)
         records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
         output.mkdir(parents=True, exist_ok=True)
+        written: set[str] = set()
         for record in tqdm(records[:num_images], desc=name):
             size = (record["height"], record["width"])
             found = detections[record["image_id"]]
             picture = draw_pair(record, to_instances(found, size, metadata, threshold), metadata)
-            path = output / f"{name}_{Path(record['file_name']).stem}.png"
+            path = output / free_name(f"{name}_{Path(record['file_name']).stem}", written)
             if not cv2.imwrite(str(path), picture[:, :, ::-1]):
                 raise UserError(f"{path} can't be written")
     print(f"Pictures (left: detections, right: ground truth) are in {output}")

@@ -10,7 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
-from .coco import check_image_folder, class_names, read_coco_json, register_datasets_of
+from .coco import (
+    check_folder,
+    check_image_folder,
+    class_names,
+    read_coco_json,
+    register_datasets_of,
+)
 from .conversion import is_converted, prepare_dataset
 from .demo import ensure_demo_datasets
 from .inspection import PROBLEMS, anchor_recall, inspect_annotations, inspect_images
@@ -26,13 +32,17 @@ _RECALL_IMAGES = 100
 logger = logging.getLogger(__name__)
 
 
-def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -> None:
+def check_datasets(
+    cfg: CfgNode, *, training: bool, read_images: bool = False, inspect: bool = True
+) -> None:
     """Check that the config's data sets exist and fit the model; convert or draw what is used.
 
     Args:
         cfg: the full config.
         training: check DATASETS.TRAIN too, not only DATASETS.TEST.
         read_images: decode every image, and the annotations of detectron2's own data sets too.
+        inspect: look for bad annotations and images; without it only for what keeps one from
+            looking (see :mod:`.inspection`).
 
     Raises:
         UserError: naming the data set, file, folder or key, and what to do.
@@ -56,7 +66,7 @@ def check_datasets(cfg: CfgNode, *, training: bool, read_images: bool = False) -
             if trusted and not read_images:
                 classes = _check_known(name)
             else:
-                classes = _check_content(cfg, name, read_images=read_images)
+                classes = _check_content(cfg, name, read_images=read_images, inspect=inspect)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
@@ -101,23 +111,35 @@ def _check_known(name: str) -> list[str]:
     return list(metadata.get("thing_classes", []))
 
 
-def _check_content(cfg: CfgNode, name: str, *, read_images: bool) -> list[str]:
+def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> list[str]:
     """Read a data set's annotations, and its images if asked to; return the classes."""
     metadata = MetadataCatalog.get(name)
     content = read_coco_json(metadata.json_file)
-    check_image_folder(metadata.image_root, content, metadata.json_file)
-    report = inspect_annotations(content)
-    for kind, places in report.problems.items():
-        named = "; ".join(places[:_MOST_NAMED]) + ("; ..." if len(places) > _MOST_NAMED else "")
-        if kind in _FATAL:
-            raise UserError(f"{metadata.json_file}: {len(places)} x {kind}: {named}")
-        logger.warning(f"data set {name!r}: {len(places)} x {kind} ({PROBLEMS[kind]}): {named}")
+    check_folder(metadata.image_root)
+    if not inspect:
+        return class_names(content)
+    problems = inspect_annotations(content).problems
+    fatal = {kind: problems.pop(kind) for kind in _FATAL if kind in problems}
+    for kind, places in problems.items():
+        logger.warning(f"data set {name!r}: {_named({kind: places})} ({PROBLEMS[kind]})")
     if read_images:
-        for kind, places in inspect_images(content, metadata.image_root).problems.items():
-            raise UserError(f"{len(places)} x {kind}: {places[0]}")
+        fatal.update(inspect_images(content, metadata.image_root).problems)
+    if fatal:
+        raise UserError(f"{metadata.json_file}: {_named(fatal)}")
+    check_image_folder(metadata.image_root, content, metadata.json_file)
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
     return class_names(content)
+
+
+def _named(problems: dict[str, list[str]]) -> str:
+    """All kinds of problems in one line, and of each kind the first ones."""
+    parts = []
+    for kind, places in problems.items():
+        parts += [f"{len(places)} x {kind}: {places[0]}", *places[1:_MOST_NAMED]]
+        if len(places) > _MOST_NAMED:
+            parts.append("...")
+    return "; ".join(parts)
 
 
 def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Data sets of one's own: annotations in COCO's JSON format and a folder of images."""
 
 import json
+import math
 import os
 from typing import Any
 
@@ -9,7 +10,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError
+from .names import check_name
 from .voc import register_voc_folder
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+_ID, _SIZE = (int, str), (int, float)
 
 
 def register_coco_json(name: str, json_file: str, image_root: str) -> None:
@@ -23,8 +28,9 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
         image_root: folder that the images' ``file_name`` are relative to.
 
     Raises:
-        UserError: if the name is taken by another data set.
+        UserError: if the name is taken by another data set, or can't name a folder.
     """
+    check_name(name, "DATASETS.COCO_JSON")
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, json_file, image_root)
         return
@@ -99,6 +105,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
                 raise UserError(
                     f"{json_file}: not in COCO format: {section}[{i}] has no {min(missing)!r}"
                 )
+    _check_types(json_file, content)
     for i, annotation in enumerate(content["annotations"]):
         if not _is_box(annotation["bbox"]):
             raise UserError(
@@ -106,6 +113,29 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
                 f"{annotation['bbox']!r}"
             )
     return content
+
+
+def _check_types(json_file: str, content: dict[str, Any]) -> None:
+    """Make sure of what nothing else looks at before it is used."""
+    expected: dict[str, dict[str, tuple[type, ...]]] = {
+        "images": {"id": _ID, "file_name": (str,), "height": _SIZE, "width": _SIZE},
+        "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID},
+        "categories": {"id": _ID, "name": (str,)},
+    }
+    for section, types in expected.items():
+        for i, row in enumerate(content[section]):
+            for field, allowed in types.items():
+                if field in row and type(row[field]) not in allowed:
+                    names = " or ".join(_KINDS[kind] for kind in allowed)
+                    raise UserError(
+                        f"{json_file}: {section}[{i}]: {field} must be {names}, got {row[field]!r}"
+                    )
+    for i, image in enumerate(content["images"]):
+        if not (1 <= image["height"] < math.inf and 1 <= image["width"] < math.inf):
+            raise UserError(
+                f"{json_file}: images[{i}]: the size is {image['width']} x {image['height']}; "
+                "write the true one"
+            )
 
 
 def _is_box(value: Any) -> bool:
@@ -119,14 +149,23 @@ def class_names(content: dict[str, Any]) -> list[str]:
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
+def check_folder(image_root: str) -> None:
+    """Make sure that the image folder is there.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not os.path.isdir(image_root):
+        raise UserError(f"image folder {image_root!r} not found")
+
+
 def check_image_folder(image_root: str, content: dict[str, Any], json_file: str) -> None:
     """Make sure that the image folder is there and is the one the annotations speak of.
 
     Raises:
         UserError: if the folder, or the first image named by the annotations, is missing.
     """
-    if not os.path.isdir(image_root):
-        raise UserError(f"image folder {image_root!r} not found")
+    check_folder(image_root)
     if content["images"]:
         first = content["images"][0]["file_name"]
         if not os.path.isfile(os.path.join(image_root, first)):

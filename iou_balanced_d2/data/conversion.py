@@ -1,7 +1,8 @@
 """Annotations of other formats as COCO JSON, converted once and kept beside the data set.
 
 A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``, or, where that
-folder can't be written, a file of the same name in ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is
+folder can't be written or is a link (which may lead anywhere, in data got from others), a file of
+the same name in ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is
 a digest of the converter's source code, of its arguments and of the list of annotation files with
 their sizes and times of change (reading all of them to know that none has changed would take as
 long as converting them). A file edited within its size whose time was put back goes unnoticed:
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +29,7 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..errors import UserError
+from .names import check_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +140,9 @@ def register_converted(name: str, source: Source, *, key: str = "") -> None:
         key: the config key to name in an error.
 
     Raises:
-        UserError: if the name is taken by another data set.
+        UserError: if the name is taken by another data set, or can't name a folder.
     """
+    check_name(name, key)
     dataset = ConvertedDataset(name, source)
     if name in DatasetCatalog:
         if DatasetCatalog[name] != dataset:
@@ -181,7 +185,7 @@ def cached_json(name: str, source: Source) -> str:
     file_name = f"{quote(name, safe='')}-{_key_of(source)}.json"
     folders = [Path(source.folder) / CACHE_FOLDER, _user_cache(source.folder)]
     for folder in folders:
-        if os.access(folder / file_name, os.R_OK):
+        if not folder.is_symlink() and os.access(folder / file_name, os.R_OK):
             return str(folder / file_name)
     for folder in folders:
         if _is_writable(folder, name):
@@ -212,13 +216,15 @@ def _user_cache(folder: str) -> Path:
 
 def _is_writable(folder: Path, name: str) -> bool:
     """Whether files can be made there; tried, as permissions don't tell of a read-only mount."""
-    probe = folder / f".{os.getpid()}.probe"
+    lock = folder / f"{quote(name, safe='')}.lock"
+    if folder.is_symlink() or lock.is_symlink():
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         # In a shared folder the lock may be another user's.
-        open(folder / f"{quote(name, safe='')}.lock", "a").close()
+        open(lock, "a").close()
     except OSError:
         return False
     return True
@@ -228,7 +234,8 @@ def _write_atomically(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that nobody ever finds half a file; the lock is held."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8") as f:  # "w" would follow a link
             json.dump(content, f)
             f.flush()
             os.fsync(f.fileno())

@@ -205,4 +205,6 @@ def _best_iou(
     padded = ImageList.from_tensors([torch.empty(1, height, width)], max(strides)).tensor.shape
     maps = [torch.empty(1, 1, math.ceil(padded[2] / s), math.ceil(padded[3] / s)) for s in strides]
     anchors = Boxes.cat(generator(maps))
+    if not len(anchors):  # an image so narrow that nothing of it is left
+        return torch.zeros(len(boxes))
     return pairwise_iou(Boxes(xyxy), anchors).amax(dim=1)

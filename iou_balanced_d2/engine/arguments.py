@@ -8,6 +8,30 @@ from detectron2.engine import default_argument_parser
 from ..errors import UserError
 
 
+def launch_argument_parser() -> argparse.ArgumentParser:
+    """detectron2's flags, with no port that two runs would share, and a time-out."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url=None)
+    for action in parser._actions:
+        if action.dest == "num_gpus":
+            action.help = "number of GPUs *per machine*; on a CPU that of processes"
+        elif action.dest == "dist_url":
+            action.metavar = "tcp://HOST:PORT"
+            action.help = (
+                "where processes meet: the address of the machine with --machine-rank 0, and a "
+                "free port there (default: on one machine a free port of its own)"
+            )
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long processes wait for each other, at the start and in every exchange "
+        "(default: 600)",
+    )
+    return parser
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse detectron2's flags, then KEY VALUE pairs.
 
@@ -21,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
             without value, or no --config-file.
     """
-    parser = default_argument_parser()
+    parser = launch_argument_parser()
     parser.add_argument(
         "--check-dataset",
         action="store_true",

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .other_classes import other_classes_message
 from .safe_load import BrokenCheckpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -120,10 +121,8 @@ def from_main_process(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    group = dist.new_group(backend="gloo")  # NCCL would need the whole of it on the GPU
-    assert isinstance(group, dist.ProcessGroup)
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    dist.destroy_process_group(group)
+    # Not NCCL's, which would need the whole of it on the GPU.
+    dist.broadcast_object_list(outcome, src=0, group=comm._get_global_gloo_group())
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
@@ -233,7 +232,7 @@ class RobustCheckpointer(DetectionCheckpointer):
             return {}
         self.logger.info(f"Loading from {path} ...")
         url = urlparse(path)
-        file = self.path_manager.get_local_path(url._replace(query="").geturl())
+        file = self._fetch(path, url._replace(query="").geturl())
         checkpoint = read_checkpoint(file, trust=self.trust)
         if parse_qs(url.query).get("matching_heuristics") == ["True"]:
             checkpoint["matching_heuristics"] = True
@@ -243,6 +242,22 @@ class RobustCheckpointer(DetectionCheckpointer):
                     f"checkpoint {path!r}: {name!r} is a {type(value).__name__}, not a tensor"
                 )
         return checkpoint
+
+    def _fetch(self, path: str, address: str) -> str:
+        """The file that holds what is at an address, downloaded if need be."""
+        if "://" not in address:
+            return address
+        try:
+            if ".." in address.split("/"):  # the cache's folders follow the address
+                raise ValueError("an address with '..' in it")
+            file: str = self.path_manager.get_local_path(address)
+        except Exception as error:  # whatever the handler of such addresses raises
+            reason = " ".join(str(getattr(error, "reason", None) or error).split())
+            raise UserError(
+                f"{path!r} can't be downloaded: {reason or type(error).__name__}: download it "
+                "elsewhere and give the path of the file"
+            ) from error
+        return file
 
     def _apply(
         self, checkpoint: dict[str, Any], checkpointables: list[str] | None
@@ -254,3 +269,11 @@ class RobustCheckpointer(DetectionCheckpointer):
             if key in checkpoint:
                 self.checkpointables[key].load_state_dict(checkpoint.pop(key))
         return checkpoint
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        if told := other_classes_message(self.model, incompatible.incorrect_shapes):
+            self.logger.warning(told)
+            names = {name for name, _, _ in incompatible.incorrect_shapes}
+            missing = [key for key in incompatible.missing_keys if key not in names]
+            incompatible = incompatible._replace(missing_keys=missing, incorrect_shapes=[])
+        super()._log_incompatible_keys(incompatible)

@@ -71,7 +71,9 @@ def _explain(error: Exception, keys: set[str]) -> str:
     if isinstance(error, FileNotFoundError):
         return f"its _BASE_ {error.filename!r} not found"
     if isinstance(error, yaml.constructor.ConstructorError):
-        return f"only plain values are allowed: {error.problem}"
+        mark = error.problem_mark  # it may be in one of the files it is based on
+        where = f" in line {mark.line + 1} of {mark.name!r}" if mark else ""
+        return f"only plain values are allowed: {error.problem}{where}"
     return " ".join(text.split()) or type(error).__name__
 
 

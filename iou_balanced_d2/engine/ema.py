@@ -1,7 +1,5 @@
 """The moving average of the weights over the training."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,20 +47,3 @@ class WeightsAverage:
         """Take up the average of a checkpoint."""
         own = self._model.state_dict()
         self._average = {k: v.to(own[k].device, copy=True) for k, v in state.items()}
-
-
-@contextlib.contextmanager
-def weights_replaced(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let a model have other weights; afterwards it has its own again.
-
-    Args:
-        model: the detector, wrapped in DDP or not.
-        weights: by the names of its ``state_dict``.
-    """
-    model = getattr(model, "module", model)
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(weights)
-    try:
-        yield
-    finally:
-        model.load_state_dict(own)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import time
 import warnings
 from typing import Any
 
@@ -15,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 from ..analysis.alignment_report import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
 from ..projects import import_projects
-from .checkpoint import RobustCheckpointer
+from .checkpoint import RobustCheckpointer, checkpoint_files
 from .checks import (
     check_launch,
     check_model,
@@ -25,16 +26,20 @@ from .checks import (
     warn_linear_rule,
 )
 from .config import choose_device, load_config
+from .logs import let_logs_fail
+from .placement import Placement
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(args: argparse.Namespace) -> CfgNode:
+def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     """Build and check the config in the launching process; writes nothing before all is well.
 
     Args:
-        args: from :func:`parse_arguments`.
+        args: from :func:`parse_arguments`; ``resume`` is set where torchrun has restarted the
+            processes and there is a checkpoint of this run.
+        placement: from :func:`find_placement`.
 
     Returns:
         the frozen config.
@@ -47,17 +52,38 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_model(cfg)
     check_launch(
         cfg,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
+        num_gpus=placement.local_size,
+        num_machines=placement.num_machines,
+        started=placement.local_rank is not None,
     )
     check_training(cfg)
-    if args.machine_rank == 0:  # the others get the weights from there
+    if placement.machine_rank == 0:  # the others get the weights from there
+        if placement.attempt and not args.resume:
+            args.resume = has_checkpoint_since(cfg.OUTPUT_DIR, start_of_process(os.getppid()))
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
     check_output_dir(cfg)
     cfg.freeze()
     return cfg
+
+
+def has_checkpoint_since(folder: str, when: float) -> bool:
+    """Whether the checkpoint that would be resumed from was written after some moment.
+
+    Args:
+        folder: OUTPUT_DIR.
+        when: seconds since the epoch.
+    """
+    newest = checkpoint_files(folder)[:1]
+    return any(os.path.exists(file) and os.path.getmtime(file) >= when for file in newest)
+
+
+def start_of_process(pid: int) -> float:
+    """When a process was started, in seconds since the epoch (on Linux, see proc(5))."""
+    with open(f"/proc/{pid}/stat") as stat, open("/proc/uptime") as uptime:
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -75,7 +101,12 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     # A launched process starts without what the launching one registered.
     import_projects()
     register_datasets_of(cfg)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_balanced_d2")
+    rank = comm.get_rank()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="iou_balanced_d2")
+    # With just these arguments, as detectron2's default_setup then leaves what is set up alone.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    let_logs_fail("iou_balanced_d2", "fvcore", "detectron2")
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU (MODEL.DEVICE: cpu)")

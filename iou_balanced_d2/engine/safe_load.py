@@ -1,13 +1,13 @@
 """Reading checkpoint files without running what may be hidden in them.
 
-A pickle can name any function and have it called while it is read. Here it can name what arrays
-and tensors are made of, and nothing else.
+A pickle can name any function and have it called while it is read, and numpy's own functions make
+arrays of addresses from bytes. Here it can name what arrays of numbers are made of, and gets
+stand-ins that check what they are given.
 """
 
 import collections
 import pickle
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,9 @@ import torch
 
 from ..errors import UserError
 
-# What numpy names in the pickles of arrays, dtypes and scalars, besides its classes.
-_NUMPY_FUNCTIONS = {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (
-        ("multiarray", "_reconstruct"),
-        ("multiarray", "scalar"),
-        ("numeric", "_frombuffer"),
-    )
-}
+# dtypes of numbers, booleans and strings: no objects (an array of those is one of addresses), and
+# nothing made up of other dtypes, which could hide them.
+_PLAIN_DTYPE = re.compile(r"[<>=|]?[biufcSU]\d*")
 
 
 class BrokenCheckpoint(UserError):
@@ -35,8 +28,82 @@ class _Refused(pickle.UnpicklingError):
     """Something that is neither an array nor a plain container; the message is its name."""
 
 
+class _PlainDtype:
+    """What stands for numpy.dtype: numpy's own believes whatever a pickle says of its fields."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False):
+        if not (isinstance(code, str) and _PLAIN_DTYPE.fullmatch(code)):
+            raise _Refused(f"numpy.dtype({code!r})")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, *parts = state[:5]
+        if any(part is not None for part in parts):
+            raise _Refused("numpy.dtype of several parts")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _PlainArray(np.ndarray):
+    """An array made by a pickle, with a dtype that has been checked."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, dtype, fortran, data = state
+        super().__setstate__((version, shape, _checked(dtype), fortran, data))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # On its way to other processes it is any array.
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _checked(dtype: Any) -> np.dtype[Any]:
+    if not isinstance(dtype, _PlainDtype):
+        raise _Refused(f"numpy.dtype({dtype!r})")
+    return dtype.dtype
+
+
+def _reconstruct(*_: Any) -> _PlainArray:
+    """The empty array that a pickle then gives its state."""
+    return _PlainArray.__new__(_PlainArray, (0,), np.uint8)
+
+
+def _from_buffer(data: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
+    array = np.frombuffer(data, _checked(dtype)).reshape(shape, order=order)  # type: ignore[call-overload]
+    return array.copy()  # which can be written to
+
+
+def _scalar(dtype: Any, data: bytes | str) -> Any:
+    content = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(content, _checked(dtype), count=1)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes in pickles of protocol 2."""
+    if encoding != "latin1":
+        raise _Refused("_codecs.encode")
+    return text.encode(encoding)
+
+
+def _no_bytes() -> bytes:
+    """The same, of none."""
+    return b""
+
+
+# What pickles of arrays and containers name -> what it is here.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): "numpy.ndarray",  # an argument; pickles of arrays do not call it
+    ("numpy", "dtype"): _PlainDtype,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
+}
+for _core in ("core", "_core"):
+    _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = _from_buffer
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, containers, strings and numbers."""
+    """Unpickles numpy arrays of numbers and strings, containers, strings and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up what the pickle names.
@@ -46,29 +113,14 @@ class PlainUnpickler(pickle.Unpickler):
             name: e.g. "ndarray".
 
         Returns:
-            the class or function.
+            a stand-in that makes nothing but arrays and containers.
 
         Raises:
             pickle.UnpicklingError: for any that arrays and containers do not need.
         """
-        allowed: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("__builtin__", "bytes"): bytes,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if (module, name) in _NUMPY_FUNCTIONS:
-            last = module.rsplit(".", 1)[1]
-            return super().find_class(f"numpy.{_numpy_core()}.{last}", name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise _Refused(f"{module}.{name}")
-
-
-def _numpy_core() -> str:
-    return "_core" if int(np.__version__.split(".")[0]) >= 2 else "core"
+        if (module, name) not in _ALLOWED:
+            raise _Refused(f"{module}.{name}")
+        return _ALLOWED[module, name]
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:

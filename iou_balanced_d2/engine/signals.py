@@ -1,15 +1,18 @@
 """SIGTERM and Ctrl-C end a training between two steps."""
 
+import contextlib
 import mmap
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from detectron2.utils import comm
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+T = TypeVar("T")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Whether a training is under way: one byte shared with the data workers, which are forked.
 _training = mmap.mmap(-1, 1)
 
@@ -17,30 +20,35 @@ _training = mmap.mmap(-1, 1)
 class Stopped(BaseException):
     """Ends the training loop. No Exception: it's no error, and nothing should catch it as one."""
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, *, together: bool = False):
         """Keep what for.
 
         Args:
             signum: the signal's number.
+            together: whether every process stops here, so that they can wait for each other.
         """
         super().__init__(signum)
         self.signum = signum
+        self.together = together
 
 
 class StopSignals:
     """A context that catches SIGTERM and SIGINT; a second one of the same kind ends at once.
 
     (Of the same kind, as the end of a launching process sends SIGINT to those it launched, after
-    the SIGTERM that has ended it.)
+    the SIGTERM that has ended it.) Once the training is being stopped no signal disturbs it.
 
     Attributes:
-        interruptible: whether the next signal may raise :class:`Stopped` wherever it comes.
+        received: the signal that has come to this process.
+        agreed: one that has come to any process, where all of them know of it.
     """
 
     def __init__(self) -> None:
         """Catch nothing yet."""
-        self.interruptible = False
-        self._received: int | None = None
+        self.received: int | None = None
+        self.agreed: int | None = None
+        self._anywhere = False  # whether the next signal may stop wherever it comes
+        self._ignored = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -49,7 +57,7 @@ class StopSignals:
         # Only there does Python let one; elsewhere signals do what they did.
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
-            self._before = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(
@@ -63,26 +71,55 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            return  # a data worker, which has inherited the handler and ends with its parent
-        if self._received == signum:
+        if os.getpid() != self._pid or self._ignored:
+            return  # (another pid: a data worker, which inherits this and ends with its parent)
+        if self.received == signum:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._pid, signum)
-        if self._received is None:
-            self._received = signum
-            if self.interruptible:
+        if self.received is None:
+            self.received = signum
+            if self._anywhere:
+                self.ignore()
                 raise Stopped(signum)
 
+    def ignore(self) -> None:
+        """From here on what is under way comes to its end, whatever is sent."""
+        self._ignored = True
+
     def check(self) -> None:
-        """Stop if a signal has come to any process; all of them must ask at the same time.
+        """Stop between two steps, together with all other processes.
+
+        A process that is alone looks whether a signal has come; several have told each other in
+        the step (:attr:`agreed`), and stop at the same one.
 
         Raises:
             Stopped: in every process.
         """
-        several = comm.get_world_size() > 1
-        for signum in comm.all_gather(self._received) if several else [self._received]:
-            if signum is not None:
-                raise Stopped(signum)
+        signum = self.received if comm.get_world_size() == 1 else self.agreed
+        if signum is not None:
+            self.ignore()
+            raise Stopped(signum, together=True)
+
+    @contextlib.contextmanager
+    def stopping_anywhere(self) -> Iterator[None]:
+        """A context where a signal stops this process at once, also one that came before."""
+        self._anywhere = True
+        try:
+            if self.received is not None:
+                self.ignore()
+                raise Stopped(self.received)
+            yield
+        finally:
+            self._anywhere = False
+
+    def interruptible(self, function: Callable[[], T]) -> Callable[[], T]:
+        """A function that does its work in :meth:`stopping_anywhere`."""
+
+        def call() -> T:
+            with self.stopping_anywhere():
+                return function()
+
+        return call
 
 
 def outlive_in_worker() -> None:
@@ -96,5 +133,5 @@ def outlive_in_worker() -> None:
         if not _training[0]:
             os._exit(0)
 
-    for signum in _SIGNALS:
+    for signum in SIGNALS:
         signal.signal(signum, handle)

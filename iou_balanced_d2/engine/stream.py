@@ -100,7 +100,9 @@ class ResumableLoader:
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self._cfg = cfg
-        self._batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        # Kept here, as a data worker may not know of the processes.
+        self._world_size, self._rank = comm.get_world_size(), comm.get_rank()
+        self._batch = cfg.SOLVER.IMS_PER_BATCH // self._world_size
         self._grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         self._wide = [d["width"] > d["height"] for d in dicts] if self._grouping else []
         self._dicts = DatasetFromList(dicts, copy=False)
@@ -134,7 +136,7 @@ class ResumableLoader:
 
     def _load(self, sample: Sample) -> Any:
         number, index = sample
-        number = number * comm.get_world_size() + comm.get_rank()
+        number = number * self._world_size + self._rank
         with seeded(_AUGMENTATION, self.seed, number):
             return self._mapper(self._dicts[index])
 
@@ -159,6 +161,29 @@ class ResumableLoader:
                 group.clear()
                 batches += 1
         return sorted(waiting[False] + waiting[True]), taken
+
+
+class SeedState:
+    """The seed of the data's stream as a checkpointable, for SEED -1: detectron2 draws one then."""
+
+    def __init__(self, loader: ResumableLoader, seed: int):
+        """Set whose seed it is.
+
+        Args:
+            loader: the training's.
+            seed: SEED of the config; only a negative one is replaced by a checkpoint's.
+        """
+        self._loader = loader
+        self._fixed = seed >= 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed."""
+        return {"seed": self._loader.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up the seed of a checkpoint."""
+        if not self._fixed:
+            self._loader.seed = state["seed"]
 
 
 def _rest(sampler: Iterable[int], pending: list[Sample], start: int) -> Iterator[Sample]:

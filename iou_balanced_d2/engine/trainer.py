@@ -1,86 +1,51 @@
 """DefaultTrainer with what IoU-balanced training adds."""
 
+import contextlib
+import copy
 import logging
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
 from ..data import prepare_dataset
 from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
+from ..errors import UserError
 from ..evaluation import BoxEvaluator
-from ..modeling import IoUBalancedLoss
 from ..modeling.test_time_augmentation import DenseDetectorWithTTA
+from .agreement import check_same_data
 from .checkpoint import RobustCheckpointer, write_atomically
-from .ema import WeightsAverage, weights_replaced
+from .ema import WeightsAverage
+from .faults import explained_errors, lost_connection
 from .hooks import evaluation_hooks
+from .logs import let_writers_fail
+from .loss_state import LossState
+from .optimizer import build_optimizer
 from .precision import MixedPrecisionTrainer
-from .signals import Stopped, StopSignals
-from .stream import ResumableLoader, seed_step
+from .signals import Stopped
+from .step import StepTrainer
+from .stream import ResumableLoader, SeedState, seed_step
 from .visualization import visualization_hooks
 
 logger = logging.getLogger(__name__)
 
-# Iterations after which several processes ask each other whether one of them got a signal.
-_AGREE_PERIOD = 10
-
-
-class LossState:
-    """The losses' training state as a checkpointable, saved and resumed beside the weights.
-
-    Not part of the weights: fine-tuning starts with a state of its own.
-    """
-
-    def __init__(self, model: nn.Module):
-        """Find the losses of a model.
-
-        Args:
-            model: the detector, wrapped in DDP or not; it may hold no IoU-balanced loss at all.
-        """
-        self.losses = [m for m in model.modules() if isinstance(m, IoUBalancedLoss)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each loss, in the order of the model's modules."""
-        return {"losses": [loss.training_state() for loss in self.losses]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a plain detector's checkpoint has nothing to load."""
-        for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
-            loss.load_training_state(loss_state)
-
-
-class SeedState:
-    """The seed of the data's stream as a checkpointable, for SEED -1: detectron2 draws one then."""
-
-    def __init__(self, loader: ResumableLoader, seed: int):
-        """Set whose seed it is.
-
-        Args:
-            loader: the training's.
-            seed: SEED of the config; only a negative one is replaced by a checkpoint's.
-        """
-        self._loader = loader
-        self._fixed = seed >= 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The seed."""
-        return {"seed": self._loader.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up the seed of a checkpoint."""
-        if not self._fixed:
-            self._loader.seed = state["seed"]
+# detectron2 keeps a million, which is memory that grows for weeks; its remaining time is the
+# median of 1000.
+_KEPT_VALUES = 1000
 
 
 class Trainer(DefaultTrainer):
@@ -88,6 +53,8 @@ class Trainer(DefaultTrainer):
 
     A resumed training goes on as if it had not been stopped: see docs/robustness.md.
     """
+
+    _hooks: list[HookBase]
 
     def __init__(self, cfg: CfgNode, *, trust_checkpoint: bool = False):
         """Build model, optimizer, data loader, checkpointer and hooks.
@@ -106,8 +73,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.loader = self.build_train_loader(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        kind = partial(MixedPrecisionTrainer, cfg) if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        model = _wrap_in_ddp(model, cfg.MODEL.DEVICE)
+        kind = partial(MixedPrecisionTrainer, cfg) if cfg.SOLVER.AMP.ENABLED else StepTrainer
         self._trainer = kind(model, self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(
@@ -118,7 +85,7 @@ class Trainer(DefaultTrainer):
         self.average = WeightsAverage(model, cfg.MODEL.EMA.DECAY) if cfg.MODEL.EMA.ENABLED else None
         if self.average is not None:
             self.checkpointer.add_checkpointable("ema", self.average)
-        self._signals = StopSignals()
+        self._signals = self._trainer.signals
         self._last_done = -1  # the last iteration whose result is complete
         self.register_hooks(self.build_hooks())
 
@@ -142,32 +109,58 @@ class Trainer(DefaultTrainer):
             the results, where TEST.EXPECTED_RESULTS are given; exits with 128 + the signal's number
             on SIGTERM and SIGINT, when a checkpoint is written.
         """
-        try:
-            with self._signals:
+        with self._signals, explained_errors():
+            try:
                 results: dict[str, Any] | None = super().train()
-        except Stopped as stopped:
-            self._exit(stopped.signum)
+            except Stopped as stopped:
+                self._exit(stopped.signum, together=stopped.together)
+            except Exception as error:
+                self._save_if_left_alone(error)
+                raise
         if self.average is not None and comm.is_main_process():
             content = {"model": self.average.state_dict()}
             path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
             write_atomically(path, partial(torch.save, content))
         return results
 
-    def _exit(self, signum: int) -> None:
-        """Save what is done, and say so."""
-        name = f"model_{self._last_done:07d}"
-        if self.start_iter <= self._last_done < self.max_iter - 1:  # else there is a newer file
-            self.checkpointer.save(name, iteration=self._last_done)
+    def _exit(self, signum: int, *, together: bool) -> NoReturn:
+        """Save what is done, say so, and end this process when that is on the disk."""
+        self._save_done()
+        if together:
+            # The first process to end gets the others ended by what has launched them.
+            with contextlib.suppress(RuntimeError):  # an error of the main process has its own line
+                comm.synchronize()
         logger.warning(
             f"stopped by {signal.Signals(signum).name} at iteration {self._last_done}; "
             "--resume goes on"
         )
         raise SystemExit(128 + signum)
 
-    def before_step(self) -> None:
-        """detectron2's; from here a signal waits for the end of the step."""
-        self._signals.interruptible = False
-        super().before_step()
+    def _save_done(self) -> None:
+        """Save the last iteration, unless that of the whole training is there."""
+        if self.start_iter <= self._last_done < self.max_iter - 1:
+            self.checkpointer.save(f"model_{self._last_done:07d}", iteration=self._last_done)
+
+    def _save_if_left_alone(self, error: Exception) -> None:
+        """Where another process has gone during an evaluation, stop as it may have or tell."""
+        in_evaluation = self._last_done >= min(self.iter, self.max_iter - 1)
+        if not (in_evaluation and (reason := lost_connection(error))):
+            return
+        self._signals.ignore()
+        if self._signals.received is not None:
+            self._exit(self._signals.received, together=False)
+        if comm.is_main_process():
+            self._save_done()
+            raise UserError(
+                f"lost the connection to another process in an evaluation ({reason}): iteration "
+                f"{self._last_done} is saved, --resume goes on from there; see the other "
+                "processes' and hosts' output for the cause"
+            ) from error
+
+    def before_train(self) -> None:
+        """detectron2's; of each scalar only as many values are kept as its printer looks at."""
+        self.storage._history.default_factory = partial(HistoryBuffer, max_length=_KEPT_VALUES)
+        super().before_train()
 
     def run_step(self) -> None:
         """One step, with what is random in it given by SEED and the iteration."""
@@ -177,25 +170,20 @@ class Trainer(DefaultTrainer):
             self.average.update()
 
     def after_step(self) -> None:
-        """detectron2's hooks; where evaluation starts, all that a checkpoint holds is done.
-
-        A single process may be stopped anywhere from there on, several only together.
-        """
-        alone = comm.get_world_size() == 1
+        """detectron2's hooks; where evaluation starts, all that a checkpoint holds is done."""
         for hook in self._hooks:
             if isinstance(hook, hooks.EvalHook) and self._last_done < self.iter:
                 self._last_done = self.iter
-                # At the end of the training it is after_train that stops.
-                if self.iter < self.max_iter - 1 and (alone or self.iter % _AGREE_PERIOD == 0):
+                if self.iter < self.max_iter - 1:  # else it is after_train that stops
                     self._signals.check()
-                self._signals.interruptible = alone
             hook.after_step()
 
     def after_train(self) -> None:
-        """detectron2's hooks; after a signal without the last evaluation."""
+        """detectron2's hooks; after a signal or an error no evaluation."""
         if self.iter >= self.max_iter:
             self._signals.check()
-            self._signals.interruptible = comm.get_world_size() == 1
+        else:
+            self._hooks = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
         super().after_train()
 
     @classmethod
@@ -213,8 +201,10 @@ class Trainer(DefaultTrainer):
             {"ema": results}.
         """
         logger.info("Evaluation of the moving average of the weights")
-        with weights_replaced(model, average):
-            return {"ema": cls.test(_with_output(cfg, "ema"), model)}
+        # A copy, as a signal may come at any moment, and then the model is saved.
+        averaged = copy.deepcopy(getattr(model, "module", model))
+        averaged.load_state_dict(average)
+        return {"ema": cls.test(_with_output(cfg, "ema"), averaged)}
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -248,14 +238,21 @@ class Trainer(DefaultTrainer):
         """
         built = super().build_hooks()
         writers = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
-        others = [hook for hook in built if hook not in writers]
-        return [
-            *others,
+        ordered = [
+            *[hook for hook in built if hook not in writers],
             *self._further_evaluations(),
             *visualization_hooks(self.cfg, self.model),
             *evaluation_hooks(self.cfg, self.model, self.checkpointer),
             *writers,
         ]
+        for hook in ordered:
+            if isinstance(hook, hooks.EvalHook):
+                hook._func = self._signals.interruptible(hook._func)
+        return ordered
+
+    def build_writers(self) -> list[EventWriter]:
+        """detectron2's: the terminal, metrics.json, TensorBoard; a full disk ends no training."""
+        return let_writers_fail(super().build_writers(), self.cfg.OUTPUT_DIR)
 
     def _further_evaluations(self) -> list[HookBase]:
         """Of the average as often as of the weights; with augmentation at the end."""
@@ -270,9 +267,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
-        """detectron2's loader without bad boxes; an image that can't be read is named."""
+        """detectron2's loader without bad boxes; an image that can't be read is named.
+
+        Raises:
+            UserError: if another process has other data.
+        """
         mapper = CheckedMapper(build_mapper(cfg, is_train=True))
-        return ResumableLoader(cfg, load_training_dicts(cfg), mapper)
+        dicts = load_training_dicts(cfg)
+        check_same_data(dicts)
+        return ResumableLoader(cfg, dicts, mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
@@ -282,25 +285,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """detectron2's optimizer, and CLIP_TYPE "full_model".
+        """detectron2's optimizer, and CLIP_TYPE "full_model"."""
+        return build_optimizer(cfg, model)
 
-        "full_model" clips the norm of all gradients together, as the paper's set-up does;
-        detectron2's "norm" clips each parameter's by itself.
-        """
-        clip = cfg.SOLVER.CLIP_GRADIENTS
-        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-            return super().build_optimizer(cfg, model)
-        unclipped = cfg.clone()
-        unclipped.defrost()
-        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = super().build_optimizer(unclipped, model)
 
-        def clip_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(params, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(clip_gradients)
-        return optimizer
+def _wrap_in_ddp(model: nn.Module, device: str) -> nn.Module:
+    """Have several processes average their gradients, on the CPU as well."""
+    device_ids = [torch.cuda.current_device()] if device.startswith("cuda") else None
+    with warnings.catch_warnings():
+        # PyTorch announces another name for it.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+    return wrapped
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

@@ -4,6 +4,7 @@ detectron2's VIS_PERIOD has no effect on its dense detectors; with these hooks i
 """
 
 import contextlib
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +77,8 @@ class TrainingPictures(HookBase):
             found = model([{"image": caught["image"]}])[0]["instances"].to("cpu")
             picture = self._draw(caught, found)
         get_event_storage().put_image(PICTURE_NAME, picture.transpose(2, 0, 1))
+        # Matplotlib's figures are cycles that hold megabytes; full collections are rare.
+        gc.collect()
 
     def _catch(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._input = args[0][0]

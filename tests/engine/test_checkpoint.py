@@ -1,11 +1,14 @@
 """Checkpoints: whole or not there, the way back, no code in them, one reader for all processes."""
 
 import collections
+import http.server
+import io
 import os
 import pickle
 import resource
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +212,44 @@ def test_what_is_trusted_is_read_as_it_is(tmp_path, suffix):
     assert (tmp_path / "made").exists()
 
 
+class Call:
+    """Pickles as a call, with a state to set on what it gives."""
+
+    def __init__(self, function, arguments, *state):
+        self.call = (function, arguments, *state)
+
+    def __reduce__(self):
+        return self.call
+
+
+OBJECT = np.dtype("O")
+# A field of objects whose flags say that there is none: numpy takes the bytes for addresses.
+HIDDEN = Call(np.dtype, ("V8",), (3, "|", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0))
+LATER = Call(np.dtype, ("f8",), (3, "<", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Call(np.ndarray, ((1,), OBJECT, b"ADDRESS.")),
+        Call(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"),
+             (1, (1,), HIDDEN, False, b"ADDRESS.")),
+        Call(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"),
+             (1, (1,), LATER, False, b"ADDRESS.")),
+        Call(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"),
+             (1, (1,), OBJECT, False, [1])),
+        Call(bytes, (10**12,)),
+    ],
+    ids=["buffer", "hidden field", "field set later", "objects", "bytes"],
+)  # fmt: skip
+def test_arrays_of_addresses_are_refused(tmp_path, array):
+    """Reading one element of such an array would follow an address of the file's choice."""
+    content = {"model": {"w": array}, "__author__": "x"}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match=r"x\.pkl"):
+        read_checkpoint(str(tmp_path / "x.pkl"))
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_arrays_and_plain_containers_are_read_from_pickles(tmp_path, protocol):
     weights = {"a": np.arange(6.0).reshape(2, 3), "b": np.zeros((0, 2), np.float32),
@@ -219,8 +260,11 @@ def test_arrays_and_plain_containers_are_read_from_pickles(tmp_path, protocol):
     assert read["matching_heuristics"]
     assert read["__author__"] == "Caffe2"
     assert list(read["model"]) == ["a", "b"]
-    for name, array in read["model"].items():
-        np.testing.assert_array_equal(array, weights[name])
+    for model in (read["model"], pickle.loads(pickle.dumps(read["model"]))):  # for other ranks
+        for name, array in model.items():
+            np.testing.assert_array_equal(array, weights[name])
+            assert array.dtype == weights[name].dtype
+            torch.from_numpy(array)
 
 
 @pytest.mark.parametrize(
@@ -320,3 +364,63 @@ def test_hosts_without_the_files_get_the_state_of_the_first(tmp_path):
     assert first == second
     assert first[:3] == [{"iteration": 3}, True, (3.0, 3.0)]
     assert "can't be read: No such file" in first[3]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Has one file, and speaks of nothing."""
+
+    content = b""
+
+    def do_GET(self):
+        found = self.path == "/weights/x.pth"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(self.content if found else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Of a server on this machine, for as long as a test takes."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    buffer = io.BytesIO()
+    torch.save({"model": checkpointer_of(tmp_path, 2.0).model.state_dict()}, buffer)
+    monkeypatch.setattr(Server, "content", buffer.getvalue())
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_weights_are_downloaded(tmp_path, address):
+    checkpointer = checkpointer_of(tmp_path)
+    checkpointer.load(f"{address}/weights/x.pth?matching_heuristics=True")
+    assert value_of(checkpointer) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/gone.pth", "Not Found"),
+        ("/weights/../../../x.pth", "'..' in it"),  # else written outside of the cache
+    ],
+)
+def test_a_failed_download_is_one_line(tmp_path, address, path, reason):
+    with pytest.raises(UserError) as caught:
+        checkpointer_of(tmp_path).load(address + path)
+    message = str(caught.value)
+    assert message.startswith(f"{address + path!r} can't be downloaded: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError, match=r"x\.pth' can't be downloaded: .*refused"):
+        checkpointer_of(tmp_path).load(f"http://127.0.0.1:{free_port()}/x.pth")

@@ -91,16 +91,29 @@ def test_default_device_falls_back_to_the_cpu_but_an_explicit_one_does_not(monke
 
 
 def test_batches_that_can_not_be_shared_are_refused():
-    launch = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0}
+    launch = {"num_gpus": 1, "num_machines": 1}
     cfg = load_config(R50, ["MODEL.DEVICE", "cpu"])
     check_launch(cfg, **launch)
     cfg.SOLVER.IMS_PER_BATCH = 4
     assert "REFERENCE_WORLD_SIZE 0" in refusal(check_launch, cfg, **launch)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     check_launch(cfg, **launch)
-    assert "--num-gpus 4" in refusal(check_launch, cfg, **{**launch, "num_gpus": 4})
-    assert "--machine-rank 3" in refusal(check_launch, cfg, **{**launch, "machine_rank": 3})
+    check_launch(cfg, **{**launch, "num_gpus": 4})  # on a CPU that many processes
     assert "3 processes" in refusal(check_launch, cfg, **{**launch, "num_machines": 3})
+
+
+def test_processes_need_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = load_config(R50, ["SOLVER.REFERENCE_WORLD_SIZE", "0", "MODEL.DEVICE", "cuda"])
+    check_launch(cfg, num_gpus=2, num_machines=1)
+    message = refusal(check_launch, cfg, num_gpus=4, num_machines=1)
+    assert message == "--num-gpus 4, but this machine has 2 GPU(s) to use"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_launch(cfg, num_gpus=4, num_machines=1, started=True)  # one that srun shows it
+    assert "--num-gpus 2" in refusal(check_launch, cfg, num_gpus=2, num_machines=1)
+    cfg.MODEL.DEVICE = "cuda:1"
+    check_launch(cfg, num_gpus=1, num_machines=1)
+    assert "one GPU" in refusal(check_launch, cfg, num_gpus=1, num_machines=2)
 
 
 def test_missing_weights_are_named(tmp_path):

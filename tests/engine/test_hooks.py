@@ -21,7 +21,8 @@ from iou_balanced_d2.engine.hooks import (
     losses_without_trace,
     validation_losses,
 )
-from iou_balanced_d2.engine.trainer import LossState, Trainer
+from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.engine.trainer import Trainer
 
 from ..toy import toy_batch, toy_config, toy_model
 

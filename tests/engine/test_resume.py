@@ -23,8 +23,8 @@ from torch import nn
 from iou_balanced_d2.engine.ema import WeightsAverage
 from iou_balanced_d2.engine.precision import MixedPrecisionTrainer, autocast
 from iou_balanced_d2.engine.signals import StopSignals
-from iou_balanced_d2.engine.stream import ResumableLoader, seed_step
-from iou_balanced_d2.engine.trainer import SeedState, Trainer
+from iou_balanced_d2.engine.stream import ResumableLoader, SeedState, seed_step
+from iou_balanced_d2.engine.trainer import Trainer
 
 from ..toy import toy_batch, toy_config, toy_model
 
@@ -166,6 +166,18 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder):
     latest = trainer.storage.latest()
     assert {"bbox/AP", "ema/bbox/AP"} <= latest.keys()
     assert (folder / "copy/ema/inference" / NAME / "coco_instances_results.json").exists()
+
+
+def test_what_a_truncated_checkpoint_lost_is_trained_again_bit_for_bit(folder, caplog):
+    train(Dropping, config_of(folder, "out"))
+    expected = load(folder / "out/model_final.pth")
+    for name in ("model_final.pth", "model_0000011.pth"):
+        os.truncate(folder / "out" / name, 10_000)
+    trainer = train(Dropping, config_of(folder, "out"), resume=True)
+    assert trainer.start_iter == 6
+    check_equal(load(folder / "out/model_final.pth"), expected)
+    warnings = [r.getMessage() for r in caplog.records if "trying the one before" in r.getMessage()]
+    assert len(warnings) == 2
 
 
 def test_a_signal_to_the_whole_group_is_a_checkpoint_and_one_line(folder):

@@ -2,7 +2,8 @@
 
 import torch
 
-from iou_balanced_d2.engine.trainer import LossState, Trainer
+from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.engine.trainer import Trainer
 
 from ..toy import toy_config, toy_model
 

@@ -72,6 +72,8 @@ class SSD(DenseDetector):
 
     # The learning rate of the author's COCO set-up, by the linear rule: 0.002 for 64 images.
     lr_per_image = 0.002 / 64
+    # Each box has K + 1 scores.
+    num_background_scores = 1
 
     @configurable
     def __init__(
