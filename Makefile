@@ -1,4 +1,4 @@
-# make setup | test | test-slow | lint | demo | bench | clean
+# make setup | test | test-slow | lint | docs | demo | bench | clean
 #
 # PYTHON=python3.12 make setup    makes the environment with another Python (3.10 to 3.13)
 # make test ARGS="-k focal -x"    hands arguments on to pytest
@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,--use-this-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format demo bench clean distclean
+.PHONY: help setup test test-slow lint format docs demo bench clean distclean
 
 help:
 	@echo "make setup      create $(VENV) with torch, detectron2 and this package (implied by the rest)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test       the tests, but for the slow ones"
 	@echo "make test-slow  the slow ones"
 	@echo "make lint       ruff and mypy; 'make format' rewrites the files"
+	@echo "make docs       these documents and the API reference as pages: docs/_build/html/index.html"
 	@echo "make bench      time and memory of the losses and of a step, beside detectron2's"
 	@echo "make clean      remove what was built; 'make distclean' removes $(VENV) too"
 
@@ -42,6 +43,9 @@ format: setup
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
+docs: setup
+	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
+
 demo: setup
 	$(BIN)/python train_net.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml
 	$(BIN)/python tools/visualize_results.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml --output output/demo/pictures
@@ -51,7 +55,7 @@ bench: setup
 	$(BIN)/python tools/benchmark_step.py --output output/benchmark_step.json
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean

@@ -85,8 +85,9 @@ setup(
     # Only what is named above; the files of the source archive are in MANIFEST.in.
     include_package_data=False,
     zip_safe=False,
+    # The floors are run by tools/check_versions.py, as are the Pythons above.
     # (`make setup` takes opencv-python-headless where the system lacks what this one links to.)
-    install_requires=[*requirements("package"), "opencv-python"],
+    install_requires=[*requirements("package"), "opencv-python>=4.5.4.60"],
     # fast: evaluation in C++ where detectron2's own is not compiled.
     extras_require={"dev": requirements("dev"), "fast": ["faster-coco-eval>=1.6"]},
 )

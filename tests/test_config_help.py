@@ -9,17 +9,25 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from iou_balanced_d2 import add_iou_balanced_config
-from iou_balanced_d2.config_help import KeyHelp, _commented_keys, config_help, format_help
+from iou_balanced_d2.config.description import (
+    KeyHelp,
+    _commented_keys,
+    config_help,
+    format_help,
+)
 from iou_balanced_d2.projects import add_project_configs
 
 ROOT = Path(__file__).parent.parent
 KEYS = {item.key: item for item in config_help()}
-README = (ROOT / "README.md").read_text()
+# The guides for users: the table of keys is in one of them.
+GUIDES = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))
+# Of projects with a config.py of their own, to which their README refers.
+OF_PROJECTS = ("MODEL.FCOS.", "MODEL.SSD.", "INPUT.SSD_AUG")
 CODE = "\n".join(
     path.read_text()
     for pattern in ("iou_balanced_d2/**/*.py", "projects/*/*/*.py", "*.py", "tools/*.py")
     for path in ROOT.glob(pattern)
-    if path.name != "config.py"
+    if path.name not in ("defaults.py", "config.py")  # where the keys are set
 )
 
 
@@ -36,7 +44,7 @@ def add_toy_config(cfg):
     # all of it.
     cfg.MODEL.TOY = CfgNode()
     cfg.MODEL.TOY.ENABLED = False
-    cfg.MODEL.TOY.NUM_CLASSES = 3
+    cfg.MODEL.TOY.SIZE = 3
     # eq. 2; many lines
     # of words.
     cfg.MODEL.TOY.POWERS = [
@@ -51,7 +59,7 @@ def test_comments_are_read_with_the_keys_they_are_about():
     assert dict(_commented_keys(add_toy_config)) == {
         "MODEL.TOY": "What it is about: all of it.",
         "MODEL.TOY.ENABLED": "What it is about: all of it.",
-        "MODEL.TOY.NUM_CLASSES": "As detectron2's MODEL.RETINANET.NUM_CLASSES.",
+        "MODEL.TOY.SIZE": "What it is about: all of it.",
         "MODEL.TOY.POWERS": "eq. 2; many lines of words.",
         "MODEL.TOY.OTHER": "eq. 2; many lines of words.",
         "MODEL.TOY.UNKNOWN": "",
@@ -76,10 +84,16 @@ def test_every_key_has_a_meaning_and_is_used(key):
     assert re.search(rf"\b{used}\b", CODE)
 
 
-def test_every_key_of_the_losses_is_in_the_readme():
-    for key in KEYS:
-        if key.startswith("MODEL.IOU_BALANCED."):
-            assert f"| `{key.rpartition('.')[2]}` |" in README
+@pytest.mark.parametrize("key", [key for key in KEYS if not key.startswith(OF_PROJECTS)])
+def test_every_key_is_in_the_table_of_keys(key):
+    in_table = key.removeprefix("MODEL.IOU_BALANCED.")
+    assert re.search(rf"^\| [^|]*`{re.escape(in_table)}`[^|]* \|", GUIDES, re.MULTILINE)
+
+
+def test_readmes_of_the_projects_say_where_their_keys_are():
+    for config in ROOT.glob("projects/*/*/config.py"):
+        readme = config.parents[1] / "README.md"
+        assert f"[{config.parent.name}/config.py]" in readme.read_text()
 
 
 def test_equations_of_the_losses_are_named():
@@ -97,8 +111,8 @@ def test_keys_with_one_comment_stand_together():
 
 
 def test_the_command_prints_it_without_a_warning():
-    command = [sys.executable, "-m", "iou_balanced_d2.config_help"]
+    command = [sys.executable, "-m", "iou_balanced_d2.config"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "RuntimeWarning" not in done.stderr
+    assert "RuntimeWarning" not in done.stderr  # of runpy, about a module imported before
     assert done.stdout.startswith("MODEL.IOU_BALANCED.CLS_ETA: 1.5\n    eta of eq. 2")

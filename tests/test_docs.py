@@ -1,26 +1,25 @@
-"""The code in the docs runs as it stands."""
+"""The documents: their code runs, their configs are read, their links lead somewhere."""
 
 import re
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+from iou_balanced_d2.engine import load_config
+
+from .documents import DOCS, DOCUMENTS, ROOT, blocks, ids, with_blocks
 
 
-def code_of(path):
-    return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
-
-
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", with_blocks("python"), ids=ids)
 def test_python_code_runs(path):
-    exec(compile(code_of(path), str(path), "exec"), {"__name__": "docs"})
+    exec(compile("\n".join(blocks(path, "python")), str(path), "exec"), {"__name__": "docs"})
 
 
 def test_the_tutorials_detector_learns():
     names = {"__name__": "docs"}
-    exec(code_of(DOCS / "own_detector.md"), names)
+    exec("\n".join(blocks(DOCS / "own_detector.md", "python")), names)
     detector, boxes = names["detector"], names["Boxes"](torch.tensor([[8.0, 8.0, 44.0, 40.0]]))
     assert all(p.grad is not None for p in detector.parameters())
     args = (torch.rand(2, 3, 64, 64), [boxes] * 2, [torch.tensor([1])] * 2)
@@ -34,3 +33,68 @@ def test_the_tutorials_detector_learns():
         history.append({name: value.item() for name, value in losses.items()})
     assert history[-1]["loss_cls"] < 0.5 * history[0]["loss_cls"]
     assert history[-1]["loss_box_reg"] < 0.5 * history[0]["loss_box_reg"]
+
+
+@pytest.mark.parametrize("path", with_blocks("yaml"), ids=ids)
+def test_configs_are_read(path, tmp_path):
+    for name in ("configs", "projects"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for text in blocks(path, "yaml"):
+        (tmp_path / "my.yaml").write_text(text)
+        load_config(str(tmp_path / "my.yaml"))  # raises for a key or a type that is wrong
+
+
+def test_every_config_is_in_the_model_zoo_and_nothing_else():
+    folders = [ROOT / "configs", *ROOT.glob("projects/*/configs")]
+    files = [file for folder in folders for file in folder.glob("*/**/*.*") if file.is_file()]
+    configs = {str(file.relative_to(ROOT)) for file in files if file.suffix in (".yaml", ".py")}
+    linked = set(re.findall(r"\(([^)]+\.(?:yaml|py))\)", (ROOT / "MODEL_ZOO.md").read_text()))
+    assert configs == {link for link in linked if "configs/" in link}
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(path):
+    """Anchors of a document's headings, as the code host makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.is_file(), f"{link}: no such file"
+        assert target.is_relative_to(ROOT)
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_every_package_is_in_the_reference():
+    packages = {path.parent.name for path in (ROOT / "iou_balanced_d2").glob("*/__init__.py")}
+    assert packages <= {path.stem for path in (DOCS / "modules").glob("*.rst")}
+
+
+def test_pages_are_built_without_a_warning(tmp_path):
+    for name in ("sphinx", "myst_parser", "sphinx_rtd_theme"):
+        pytest.importorskip(name, reason=f"{name} is not installed; `make setup` installs it")
+    line = next(
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "-m sphinx" in line
+    )
+    words = line.replace("docs/_build", str(tmp_path)).split()[1:]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = tmp_path / "html"
+    for path in DOCUMENTS:
+        assert (pages / path.relative_to(ROOT)).with_suffix(".html").is_file()
+    for page in pages.rglob("*.html"):
+        links = re.findall(r'(?:href|src)="([^"#?:]+)[#?"]', page.read_text())
+        for link in links:
+            assert (page.parent / link).exists(), f"{page.relative_to(pages)}: {link}"
+    reference = (pages / "docs/modules/losses.html").read_text()
+    assert 'id="iou_balanced_d2.losses.iou_balanced_cls_weights"' in reference

@@ -291,3 +291,15 @@ def test_moved_environment_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     make_fake_environment(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     assert setup_env.gather_facts(ROOT, tmp_path / "b", base_chosen=False).damaged
+
+
+def test_other_constraints_take_the_place_of_the_tested_versions(tmp_path: Path) -> None:
+    oldest = tmp_path / "oldest.txt"
+    oldest.write_text("torch==2.0.0")
+    steps = commands(setup_env.plan(facts(constraints_file=oldest)))
+    assert sum(f"-c {oldest}" in line for line in steps) == 2
+    assert not [line for line in steps if "constraints.txt" in line]
+    keys = {setup_env.setup_key(ROOT, VENV, (3, 10), file) for file in (None, oldest)}
+    oldest.write_text("torch==2.1.0")
+    keys.add(setup_env.setup_key(ROOT, VENV, (3, 10), oldest))
+    assert len(keys) == 3

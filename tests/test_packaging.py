@@ -1,4 +1,4 @@
-"""The source archive and the wheel: what is in them, and that the wheel works when unpacked."""
+"""The source archive and the wheel: what is in them, and that both work when installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -19,14 +20,28 @@ FOLDERS = ["iou_balanced_d2", "configs", "projects", "requirements", "tools", "d
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "train_net.py"]
 FILES += ["Makefile", "constraints.txt"]
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+# What a user of the installed package does, `python -m iou_balanced_d2.config` at last.
+# (On the device "meta" a model has no numbers.)
 USE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from iou_balanced_d2.model_zoo import get_config_file
+import runpy, warnings
+warnings.simplefilter("ignore")
+import torch
+import iou_balanced_d2
+from detectron2.modeling import build_model
+from iou_balanced_d2.model_zoo import get_config, get_config_file
+from iou_balanced_d2.modeling import DenseDetectorWithTTA
 from iou_balanced_d2.projects.toy.modeling import VALUE
+
+print(iou_balanced_d2.__path__[0])
 print(get_config_file("Base-RetinaNet.yaml"))
 print(get_config_file("lazy/toy.py"))
 print(get_config_file("Toy/toy.yaml"))
+for name in ("SSD/Own/ssd300_R_50.yaml", "FCOS/Demo/fcos_demo.yaml"):
+    cfg = get_config(name)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        print(type(build_model(cfg)).__name__)
+runpy.run_module("iou_balanced_d2.config", run_name="__main__")
 """
 
 
@@ -51,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
-    write(folder / "projects/Toy/toy/__init__.py", "")
+    write(folder / "projects/Toy/toy/__init__.py", "def add_toy_config(cfg): pass\n")
     write(folder / "projects/Toy/toy/modeling/__init__.py", "VALUE = 1\n")
     write(folder / "projects/Toy/configs/toy.yaml", "VERSION: 2\n")
     write(folder / "configs/lazy/toy.py", "VALUE = 1\n")
@@ -122,7 +137,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     required = metadata.get_all("Requires-Dist")
     always = [line for line in required if "extra ==" not in line]
-    assert "opencv-python" in always
+    assert {re.split("[<>=]", line)[0] for line in always} >= {"torch", "opencv-python", "numpy"}
     # Those who have a detectron2 must be able to keep it: it has no name in the registry.
     assert not [r for r in always if re.match("detectron2", r)]
     assert not [r for r in always if re.search("<|==", r)]
@@ -137,10 +152,36 @@ def test_sdist_has_what_it_takes_and_no_data(sdist: Path) -> None:
     assert not [f for f in files if f.startswith(("output", "datasets", ".venv"))]
 
 
-def test_unpacked_wheel_finds_its_configs_and_projects(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    base, lazy, toy = run(sys.executable, "-c", USE, tmp_path, cwd=tmp_path).splitlines()[-3:]
-    assert base == str(tmp_path / "iou_balanced_d2/model_zoo/configs/Base-RetinaNet.yaml")
-    assert lazy == str(tmp_path / "iou_balanced_d2/model_zoo/configs/lazy/toy.py")
-    assert toy == str(tmp_path / "iou_balanced_d2/model_zoo/projects/Toy/configs/toy.yaml")
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment that sees this one's packages, but for this package."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": folder, "platbase": folder}))
+    # A path alone: this environment's .pth files, of which one leads to the checkout, are not read.
+    others = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    write(packages / "others.pth", "\n".join(others))
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installed_it_works_from_an_empty_folder(
+    kind: str, environment: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Installed by pip as a user does, from the wheel and from the source archive."""
+    pip = (sys.executable, "-m", "pip", "--python", environment, "install", "--no-index")
+    options = ("--no-deps", "--no-build-isolation", "--force-reinstall")
+    run(*pip, *options, request.getfixturevalue(kind), cwd=tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found, _, described = run(environment, "-c", USE, cwd=empty).partition("\nMODEL.IOU_BALANCED.")
+    package, base, lazy, toy, ssd, fcos = found.splitlines()[-6:]
+    assert Path(package).is_relative_to(environment.parents[1])
+    zoo = Path(package) / "model_zoo"
+    assert base == str(zoo / "configs/Base-RetinaNet.yaml")
+    assert lazy == str(zoo / "configs/lazy/toy.py")
+    assert toy == str(zoo / "projects/Toy/configs/toy.yaml")
+    assert (ssd, fcos) == ("IoUBalancedSSD", "IoUBalancedFCOS")
+    assert described.startswith("CLS_ETA: 1.5\n    eta of eq. 2")
+    assert "\nMODEL.SSD.SIZE: 300\n" in described
+    assert not list(empty.iterdir())

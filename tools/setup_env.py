@@ -1,6 +1,6 @@
 """Make the virtual environment that `make test`, `make demo` and the others run in.
 
-    python3 tools/setup_env.py [--venv .venv] [--use-this-python] [--dry-run]
+    python3 tools/setup_env.py [--venv .venv] [--use-this-python] [--constraints FILE] [--dry-run]
 
 One of two things is installed:
 
@@ -157,6 +157,8 @@ class Facts:
     """Whether the system has the libraries that opencv-python links to and does not bring."""
     requirements: tuple[str, ...] = ()
     """The lines of the requirement files."""
+    constraints_file: Path | None = None
+    """Other versions than those of constraints.txt."""
 
     @property
     def python(self) -> str:
@@ -170,8 +172,8 @@ class Facts:
 
     @property
     def constraints(self) -> tuple[str, str]:
-        """The option that tells pip the tested versions."""
-        return "-c", str(self.root / "constraints.txt")
+        """The option that tells pip which versions to install."""
+        return "-c", str(self.constraints_file or self.root / "constraints.txt")
 
     def is_inside(self, file: str) -> bool:
         """Whether `file` lies in the environment."""
@@ -376,9 +378,12 @@ def read_requirements(root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
-def setup_key(root: Path, venv_dir: Path, version: tuple[int, int]) -> str:
+def setup_key(
+    root: Path, venv_dir: Path, version: tuple[int, int], constraints: Path | None = None
+) -> str:
     """Return a hash of all that decides what the environment has to hold."""
-    files = [root / "constraints.txt", root / "setup.py", Path(__file__).resolve()]
+    constraints = constraints or root / "constraints.txt"
+    files = [constraints, root / "setup.py", Path(__file__).resolve()]
     files += sorted((root / "requirements").glob("*.txt"))
     parts = [f.read_text() for f in files]
     # An editable install knows the folders of the projects there were when it was made.
@@ -387,14 +392,16 @@ def setup_key(root: Path, venv_dir: Path, version: tuple[int, int]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def gather_facts(root: Path, venv_dir: Path, *, base_chosen: bool) -> Facts:
+def gather_facts(
+    root: Path, venv_dir: Path, *, base_chosen: bool, constraints: Path | None = None
+) -> Facts:
     """Look at the machine; the Pythons are asked only if the stamp is not valid."""
     if venv_dir.is_dir() and any(venv_dir.iterdir()) and not (venv_dir / "pyvenv.cfg").exists():
         raise SetupError(f"{venv_dir} is no virtual environment. Name another folder: VENV=...")
     venv_python = venv_dir / "bin" / "python"
     this = Interpreter(sys.executable, sys.version_info[:2])
     version = this.version if base_chosen else venv_version(venv_dir) or this.version
-    key, stamp = setup_key(root, venv_dir, version), read_text(venv_dir / STAMP)
+    key, stamp = setup_key(root, venv_dir, version, constraints), read_text(venv_dir / STAMP)
     if stamp == key and venv_python.exists():
         return Facts(root, venv_dir, this, Interpreter(str(venv_python), version), key, stamp)
     is_moved = str(venv_dir) not in read_text(venv_dir / "bin" / "activate")
@@ -409,6 +416,7 @@ def gather_facts(root: Path, venv_dir: Path, *, base_chosen: bool) -> Facts:
         base_chosen=base_chosen,
         has_display_libs=all(map(can_load, DISPLAY_LIBS)),
         requirements=read_requirements(root),
+        constraints_file=constraints,
     )
 
 
@@ -515,11 +523,17 @@ def main() -> int:
         action="store_true",
         help="make the environment anew if it has another version of Python than this one",
     )
+    parser.add_argument(
+        "--constraints", metavar="FILE", type=Path, help="versions (default: constraints.txt)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     args = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     try:
-        facts = gather_facts(root, root / args.venv, base_chosen=args.use_this_python)
+        constraints = args.constraints.resolve() if args.constraints else None
+        facts = gather_facts(
+            root, root / args.venv, base_chosen=args.use_this_python, constraints=constraints
+        )
         steps = plan(facts)
         if args.dry_run:
             print("\n".join(shlex.join(step.command) for step in steps))

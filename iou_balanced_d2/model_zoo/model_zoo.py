@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
 from ..engine import load_config
+from ..engine.checkpoint import RobustCheckpointer
 from ..projects import import_projects
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -118,5 +118,5 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
         import_projects()
         model, weights = instantiate(cfg.model), cfg.train.init_checkpoint
         model.to(device or cfg.train.device)
-    DetectionCheckpointer(model).load(weights)
+    RobustCheckpointer(model).load(weights)
     return model

@@ -1,9 +1,7 @@
 """What each config key of the project and of its projects means, from the comments at its default.
 
-python -m iou_balanced_d2.config_help
-
-The comments in ``config.py`` and ``projects/*/*/config.py`` are the only place where the keys are
-described; here they are read and printed.
+The comments in ``defaults.py`` and ``projects/*/*/config.py`` are the only place where all keys are
+described; here they are read, to be printed by ``python -m iou_balanced_d2.config``.
 """
 
 import ast
@@ -14,8 +12,8 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_iou_balanced_config
-from .projects import add_project_configs, import_projects
+from ..projects import add_project_configs, import_projects
+from .defaults import add_iou_balanced_config
 
 _WIDTH = 100
 
@@ -31,8 +29,7 @@ class KeyHelp(NamedTuple):
 def config_help() -> list[KeyHelp]:
     """All keys that the project and its projects add to detectron2's, in the order of the files.
 
-    Keys that follow each other and share a comment have the same meaning. A key without one that
-    detectron2's RetinaNet has under the same name refers to that.
+    Keys that follow each other and share a comment have the same meaning.
 
     Returns:
         the keys.
@@ -63,24 +60,16 @@ def _commented_keys(function: Callable[[CfgNode], None]) -> Iterator[tuple[str, 
     lines = source.splitlines()
     definition = ast.parse(source).body[0]
     assert isinstance(definition, ast.FunctionDef)
-    retinanet = get_cfg().MODEL.RETINANET
     meaning = ""
     for node in definition.body:
         if not isinstance(node, ast.Assign):
             continue
-        key = ast.unparse(node.targets[0]).removeprefix("cfg.")
-        name = key.rpartition(".")[2]
         above = lines[: node.lineno - 1]
         comment = _comment_at_the_end(above)
         # A blank line ends what a comment is about.
         if comment or not above[-1].strip():
             meaning = comment
-        yield (
-            key,
-            meaning
-            if comment or name not in retinanet
-            else (f"As detectron2's MODEL.RETINANET.{name}."),
-        )
+        yield ast.unparse(node.targets[0]).removeprefix("cfg."), meaning
 
 
 def _comment_at_the_end(lines: list[str]) -> str:
@@ -107,9 +96,15 @@ def format_help(keys: list[KeyHelp]) -> str:
     for i, (key, default, meaning) in enumerate(keys):
         parts.append(f"{key}: {default!r}")
         if i + 1 == len(keys) or keys[i + 1].meaning != meaning:
-            parts.append(textwrap.indent(textwrap.fill(meaning, _WIDTH - 4), "    ") + "\n")
+            parts.append(_paragraph(meaning))
     return "\n".join(parts).rstrip()
 
 
-if __name__ == "__main__":
-    print(format_help(config_help()))
+def _paragraph(text: str) -> str:
+    indent = " " * 4
+    return (
+        textwrap.fill(
+            text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+        + "\n"
+    )

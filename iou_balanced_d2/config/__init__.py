@@ -1,0 +1,8 @@
+"""The config keys of this project, on top of detectron2's.
+
+``python -m iou_balanced_d2.config`` prints each of them with its default and its meaning.
+"""
+
+from .defaults import add_iou_balanced_config, iou_balanced_args
+
+__all__ = ["add_iou_balanced_config", "iou_balanced_args"]
