@@ -32,7 +32,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=7200 $(ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff format --check .

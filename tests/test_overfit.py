@@ -35,6 +35,6 @@ def test_the_demo_learns_what_it_promises(tmp_path, seed):
     config = get_config_file("Demo/retinanet_demo_iou_balanced.yaml")
     expected = [["bbox", "AP50", 80.0, 20.0], ["bbox", "AP75", 62.5, 37.5]]
     words = ["SEED", seed, "OUTPUT_DIR", "out", "TEST.EXPECTED_RESULTS", expected]
-    code, out, err = run("--config-file", config, *words, cwd=tmp_path, timeout=900)
+    code, out, err = run("--config-file", config, *words, cwd=tmp_path, timeout=3000)
     assert code == 0, (out + err)[-3000:]
     assert "Results verification passed" in out
