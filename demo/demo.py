@@ -209,6 +209,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
     check_model(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)
     output = Path(args.output)
     try:

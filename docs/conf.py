@@ -47,8 +47,12 @@ html_additional_pages = {"index": "start.html"}
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+# The arguments of a class are described where it takes them, in __init__.
+autoclass_content = "both"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
+# Defaults as they are written: os.environ, not what it holds where the pages are built.
+autodoc_preserve_defaults = True
 # A documented attribute of a class is a line of its description, no object of its own.
 napoleon_use_ivar = True
 

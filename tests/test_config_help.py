@@ -1,6 +1,7 @@
 """The printed help of the config keys: complete, from the comments, and of keys that are used."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,12 @@ def test_the_command_prints_it_without_a_warning():
     assert done.returncode == 0, done.stderr
     assert "RuntimeWarning" not in done.stderr  # of runpy, about a module imported before
     assert done.stdout.startswith("MODEL.IOU_BALANCED.CLS_ETA: 1.5\n    eta of eq. 2")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-W", "ignore", "-m", "iou_balanced_d2.config"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGPIPE

@@ -101,6 +101,8 @@ def check_arguments(command, script, monkeypatch):
     names = runpy.run_path(name, run_name="docs")
     if "parse_arguments" in names:
         names["parse_arguments"]()
+    elif "launch_argument_parser" in names:
+        names["load"](names["launch_argument_parser"]().parse_args(arguments))  # checks the keys
     else:
         for flag in (word for word in arguments if word.startswith("--")):
             assert f'"{flag}"' in Path(name).read_text(), f"{name} has no flag {flag}"

@@ -126,13 +126,28 @@ def test_it_trains_resumes_and_evaluates(command, tmp_path):
     assert isinstance(json.loads(results.read_text()), list)
 
 
+def test_two_processes_train_on_the_cpu(command, tmp_path):
+    assert command("--num-gpus", "2", "train.device=cpu") == 0
+    state = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    assert state["iteration"] == 1
+    assert "World size: 2" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_one_line(command, capsys):
+    assert command("optimizer.lr=1e30", "train.max_iter=9") == 2
+    out, err = capsys.readouterr()
+    assert " at iteration " in err.splitlines()[-1]
+    assert "Traceback" not in out + err
+
+
 def test_mistakes_are_one_line(command, capsys):
     for args, words in (
         (["train.max_itr=3"], "unknown key 'train.max_itr'; did you mean 'train.max_iter'?"),
+        (["model.cls_et=3"], "unknown key 'model.cls_et'; did you mean 'model.cls_eta'?"),
         (["train.max_iter=3", "--eval-only"], "'--eval-only' is no KEY=VALUE pair"),
         (["train.init_checkpoint=no.pth"], "train.init_checkpoint 'no.pth' not found"),
         (["--eval-only"], "nothing to evaluate"),
-        (["--config-file", "no.py"], "'no.py' is no file that ends in .py"),
+        (["--config-file", "no.py"], "'no.py' not found"),
     ):
         assert command(*args) == 2
         err = capsys.readouterr().err.splitlines()[-1]
@@ -147,6 +162,17 @@ def test_broken_files_are_named(tmp_path):
         args = launch_argument_parser().parse_args(["--config-file", str(path)])
         with pytest.raises(UserError, match=words):
             lazyconfig_train_net.load(args)
+
+
+def test_they_are_read_without_pkg_resources(monkeypatch):
+    """detectron2.model_zoo imports it, which newer versions of setuptools do not have."""
+    for name in [name for name in sys.modules if name.startswith("detectron2.model_zoo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    for name in NAMES:
+        assert model_zoo.get_config(names_of(name)[1]).train.max_iter == 90000
+    with pytest.raises(RuntimeError, match="available in the model zoo of detectron2"):
+        model_zoo.get_detectron2_config("no.py")
 
 
 def test_every_lazy_config_has_all_parts():

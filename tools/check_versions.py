@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Run the tests with the oldest versions that setup.py allows, and with the newest.
 
-python tools/check_versions.py [--all] [--only oldest]
+python tools/check_versions.py [--only oldest] [TEST ...]
 
 Two environments are made in the output folder by tools/setup_env.py, some 5 GB each: one of the
 oldest Python with every requirement at its floor, one of the newest Python with the versions of
@@ -27,13 +27,21 @@ from tabulate import tabulate
 from iou_balanced_d2.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Losses, detectors, checkpoints, resuming and reading of data: what a version can break.
-FAST = (
-    "tests/losses", "tests/modeling", "tests/projects", "tests/evaluation", "tests/data",
-    "tests/engine/test_checkpoint.py", "tests/engine/test_config.py", "tests/test_import.py",
-    "tests/test_configs.py", "tests/test_config_help.py", "tests/test_model_zoo.py",
-    "tests/test_lazy_configs.py", "tests/test_fine_tuning.py", "tests/tools/test_export_model.py",
+# What a version can break: losses, detectors, configs, data, checkpoints; train_net.py alone, with
+# --resume, with --eval-only. Left out: distributed runs, documents, installation, most tools.
+SELECTION = (
+    "tests/losses", "tests/modeling", "tests/projects", "tests/data", "tests/evaluation",
+    "tests/analysis", "tests/engine", "tests/test_import.py", "tests/test_configs.py",
+    "tests/test_config_help.py", "tests/test_model_zoo.py", "tests/test_lazy_configs.py",
+    "tests/test_fine_tuning.py", "tests/tools/test_export_model.py",
 )  # fmt: skip
+# Several processes on a CPU: PyTorch before 2.8 can hang as it destroys a gloo group.
+NOT_WITH_OLDEST = (
+    "--ignore=tests/distributed",
+    "--deselect=tests/engine/test_checkpoint.py::"
+    "test_hosts_without_the_files_get_the_state_of_the_first",
+    "--deselect=tests/engine/test_hooks.py::test_two_processes_give_the_mean_over_all_images",
+)
 SHOWN = ("torch", "torchvision", "numpy", "opencv-python", "matplotlib", "pillow")
 VERSIONS = """
 import json, platform, sys
@@ -135,9 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--oldest", metavar="PYTHON", default=low, help=f"default: {low}")
     parser.add_argument("--newest", metavar="PYTHON", default=high, help=f"default: {high}")
     parser.add_argument("--only", choices=("oldest", "newest"), help="make and run one of them")
-    parser.add_argument("--all", action="store_true", help="run all tests but the slow ones")
     parser.add_argument("--output", metavar="FOLDER", default="output/versions", type=Path)
-    parser.add_argument("tests", nargs="*", help="tests to run, in place of a selection of them")
+    parser.add_argument("tests", nargs="*", metavar="TEST", help="default: a selection of them")
     return parser.parse_args()
 
 
@@ -147,15 +154,15 @@ def check(args: argparse.Namespace) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     floors = folder / "oldest.txt"
     floors.write_text("".join(f"{line}\n" for line in oldest(requirements())))
-    tests = args.tests or (["tests"] if args.all else list(FAST))
+    tests = args.tests or list(SELECTION)
     rows, num_failed = [], 0
-    for name, python, constraints in (
-        ("oldest", args.oldest, floors),
-        ("newest", args.newest, ROOT / "constraints.txt"),
+    for name, python, constraints, left_out in (
+        ("oldest", args.oldest, floors, NOT_WITH_OLDEST),
+        ("newest", args.newest, ROOT / "constraints.txt", ()),
     ):
         if args.only in (None, name):
             env = make_environment(python, folder / name, constraints)
-            outcome = run_tests(env, tests, folder / f"{name}.xml")
+            outcome = run_tests(env, [*tests, *left_out], folder / f"{name}.xml")
             num_failed += outcome.failed
             rows.append([name, *versions(env), *outcome[:3], f"{outcome.seconds:.0f}"])
     header = ["", "Python", *SHOWN, "passed", "failed", "skipped", "seconds"]

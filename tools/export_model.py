@@ -50,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", metavar="FILE", help="to check with (default: noise)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the run")
     args = parser.parse_args()
+    for word in args.opts:
+        if word.startswith("--"):
+            raise UserError(f"{word} must stand before the KEY VALUE options ({args.opts[0]} ...)")
     if len(args.opts) % 2:
         raise UserError(f"KEY VALUE options come in pairs, but {args.opts[-1]!r} is left over")
     return args
@@ -63,7 +66,8 @@ def sample_image(cfg: CfgNode, file: str | None) -> Tensor:
         try:
             image = read_image(file, cfg.INPUT.FORMAT)
         except OSError as error:
-            raise UserError(f"--image {file!r} can't be read: {error}") from error
+            reason = error.strerror or "not an image"
+            raise UserError(f"--image {file!r} can't be read: {reason}") from error
     augmented = AugInput(image)
     build_mapper(cfg, is_train=False).augmentations(augmented)
     return torch.from_numpy(augmented.image.transpose(2, 0, 1).astype("float32"))
@@ -112,12 +116,17 @@ def describe(cfg: CfgNode) -> dict[str, object]:
 def export(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("nothing to export: give MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
     image = sample_image(cfg, args.image)
     model = build_model(cfg)
     plain = plain_detector(model)
     RobustCheckpointer(plain).load(cfg.MODEL.WEIGHTS)
-    os.makedirs(args.output, exist_ok=True)
     name, write = FORMATS[args.format]
     path = os.path.join(args.output, name)
     write(plain, image, path)
@@ -129,7 +138,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    # From detectron2's anchor generator and about TorchScript's future: nothing a user could mend.
+    for message in ("torch.meshgrid", ".*torch.jit.load"):
+        warnings.filterwarnings("ignore", message=message)
     try:
         export(parse_arguments())
     except UserError as error:

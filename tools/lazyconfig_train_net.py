@@ -10,6 +10,7 @@ those you trust.
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -20,8 +21,10 @@ from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.agreement import flatten
 from iou_balanced_d2.engine.arguments import launch_argument_parser
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
+from iou_balanced_d2.engine.faults import explained_errors
 from iou_balanced_d2.engine.launch import telling_others
 from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.engine.step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.projects import import_projects
@@ -31,7 +34,6 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
-    SimpleTrainer,
     create_ddp_model,
     default_setup,
     default_writers,
@@ -39,6 +41,8 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,8 +52,10 @@ PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
 def load(args: argparse.Namespace) -> DictConfig:
     """The config of the run, checked as far as that goes without building it."""
     path = args.config_file
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        raise UserError(f"--config-file {path!r} is no file that ends in .py")
+    if not os.path.isfile(path):
+        raise UserError(f"--config-file {path!r} not found")
+    if not path.endswith(".py"):
+        raise UserError(f"--config-file {path!r} does not end in .py: YAML is for train_net.py")
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:
@@ -57,7 +63,7 @@ def load(args: argparse.Namespace) -> DictConfig:
     missing = [part for part in PARTS if part not in cfg]
     if missing:
         raise UserError(f"config file {path!r} does not define {', '.join(missing)}")
-    keys = flat_keys(OmegaConf.to_container(cfg))
+    keys = [*flat_keys(OmegaConf.to_container(cfg)), *model_arguments(cfg)]
     for word in args.opts:
         check_override(word, keys)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
@@ -78,13 +84,25 @@ def flat_keys(node: Any, prefix: str = "") -> list[str]:
     return [key for keys in below for key in keys]
 
 
+def model_arguments(cfg: DictConfig) -> list[str]:
+    """The detector's arguments as keys; those with a default may be left out in the file."""
+    target = cfg.model._target_
+    detector = locate(target) if isinstance(target, str) else target
+    # A detector hands on what it doesn't know to the class that it extends.
+    classes = [kind for kind in inspect.getmro(detector) if issubclass(kind, nn.Module)]
+    found = [x for kind in classes for x in inspect.signature(kind).parameters.values()]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [f"model.{x.name}" for x in found if x.kind not in several]
+
+
 def check_override(word: str, keys: list[str]) -> None:
     """Refuse what detectron2 would add as a key that nothing reads."""
     key, equals, _ = word.partition("=")
     if not equals:
         raise UserError(f"{word!r} is no KEY=VALUE pair (flags stand before the first of those)")
-    # Arguments of what is built may be left out in the file; the parts of those are free.
-    if key in keys or (key.rpartition(".")[0] in keys and key.startswith("model.")):
+    # Arguments of the model's parts may be left out in the file.
+    node = key.rpartition(".")[0]
+    if key in keys or (node in keys and node.startswith("model.")):
         return
     close = difflib.get_close_matches(key, keys, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -124,7 +142,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         # detectron2 would give it this process's number, also where that is no GPU.
         gpu = {} if cfg.train.device.startswith("cuda") else {"device_ids": None}
         model = create_ddp_model(model, **cfg.train.ddp, **gpu)
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer_class = AMPTrainer if cfg.train.amp.enabled else StepTrainer
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = RobustCheckpointer(
         model, cfg.train.output_dir, trainer=trainer, iou_balanced=LossState(model)
@@ -132,7 +150,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     trainer.register_hooks(build_hooks(cfg, model, checkpointer))
     resume = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    with explained_errors():
+        trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -141,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
     import_projects()
     cfg = load(args)
     default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="iou_balanced_d2")
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         checkpointer = RobustCheckpointer(model, cfg.train.output_dir)

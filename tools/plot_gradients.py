@@ -35,7 +35,8 @@ def main() -> int:
         try:
             draw_gradients(curves, Path(args.output))
         except (ValueError, OSError) as error:
-            raise UserError(f"--output {args.output!r} can't be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--output {args.output!r} can't be written: {reason}") from error
     except UserError as error:
         print(f"plot_gradients.py: error: {error}", file=sys.stderr)
         return 2

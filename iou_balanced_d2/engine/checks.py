@@ -109,7 +109,8 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int, started: boo
         devices = torch.cuda.device_count()
         # srun may show each of its processes one GPU only, which is that process's own.
         if num_gpus > devices and not (started and devices == 1):
-            raise UserError(f"--num-gpus {num_gpus}, but this machine has {devices} GPU(s) to use")
+            asked = f"{num_gpus} processes" if started else f"--num-gpus {num_gpus}"
+            raise UserError(f"{asked}, but this machine has {devices} GPU(s) to use")
         if ":" in cfg.MODEL.DEVICE and world_size > 1:
             raise UserError(
                 f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is one GPU, but {world_size} processes need "

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError, one_line
 from .faults import lost_connection
 from .placement import Placement
+from .signals import ONE_SIGNAL
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -24,6 +25,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # those that processes get when the one that started them is gone.
 _GRACE = 60.0
 _ORPHAN_GRACE = 60.0
+_LONGEST = 30000  # characters of a traceback
 
 
 class Failure(NamedTuple):
@@ -32,8 +34,8 @@ class Failure(NamedTuple):
     lost_connection: bool  # others ended first
     when: float  # seconds of the machine's monotonic clock
     rank: int
-    kind: str  # "user", "error" or "killed"
-    text: str
+    kind: str  # "user", "error", "killed" or "exit"
+    text: str  # the message, the traceback, the signal's name, the exit code
 
 
 class Children:
@@ -48,28 +50,31 @@ class Children:
             args: further arguments, picklable.
         """
         self._placement = placement
-        self._received: list[int] = []
+        self._received: dict[int, float] = {}  # when (of a monotonic clock), by signal
         self._sent: set[int] = set()
         self._failures: list[Failure] = []
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[connection.Connection] = []
         self._processes: list[Any] = []
         # It would unblock the signals. Processes inherit the block: a signal waits until they have
         # imported what they need to mind it.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        for local_rank in range(placement.local_size):
-            receiver, sender = context.Pipe(duplex=False)
-            rank = placement.rank(local_rank)
-            process = context.Process(
-                target=_child,
-                args=(os.getpid(), sender, rank, work, (local_rank, placement, *args)),
-                name=f"rank {rank}",
-            )
-            process.start()
-            sender.close()
-            self._pipes.append(receiver)
-            self._processes.append(process)
+        try:
+            for local_rank in range(placement.local_size):
+                self._start(work, (local_rank, placement, *args))
+        except BaseException:  # e.g. for want of memory: Python's exit would wait for the others
+            self._send(signal.SIGKILL, self._processes)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            raise
+
+    def _start(self, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(os.getpid(), sender, work, args))
+        process.start()
+        sender.close()
+        self._pipes.append(receiver)
+        self._processes.append(process)
 
     def wait(self) -> int:
         """Wait for all of them, handing signals on.
@@ -90,46 +95,64 @@ class Children:
         return self._exit_code()
 
     def _forward(self, signum: int, _: FrameType | None) -> None:
-        """Hand a signal on; a second one of the same kind ends all at once."""
-        again = signum in self._received
-        self._received.append(signum)
-        self._send(signal.SIGKILL if again else signum, self._processes)
+        """Hand a signal on; a later one of the same kind ends all at once."""
+        now = time.monotonic()
+        first = self._received.setdefault(signum, now)
+        if first == now:
+            self._send(signum, self._processes)
+        elif now > first + ONE_SIGNAL:
+            self._send(signal.SIGKILL, self._processes)
 
     def _send(self, signum: int, processes: list[Any]) -> None:
+        """Send a signal to those that run; SIGKILL to their data workers, too."""
         self._sent.add(signum)
         for process in processes:
             if process.is_alive():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signum)
+                    if signum == signal.SIGKILL:
+                        os.killpg(process.pid, signum)
 
     def _wait(self) -> None:
-        running = list(self._processes)
+        running, pipes = list(self._processes), list(self._pipes)
         steps = [signal.SIGTERM, signal.SIGKILL]  # for those that do not end after a failure
         deadline = float("inf")
         while running:
             # A sentinel is shared with data workers, which may outlive their process: hence the
             # time-out, and the look at the processes themselves.
-            connection.wait([process.sentinel for process in running], timeout=1.0)
+            sentinels = [process.sentinel for process in running]
+            ready = connection.wait([*sentinels, *pipes], timeout=1.0)
+            # One that has failed may not end by itself, so its report comes first.
+            for pipe in [pipe for pipe in pipes if pipe in ready]:
+                pipes.remove(pipe)
+                self._take_report(pipe)
             for process in [process for process in running if process.exitcode is not None]:
                 running.remove(process)
-                if not self._ended(process) and deadline == float("inf"):
-                    deadline = time.monotonic() + _GRACE
+                self._take_end(process)
+            if self._failures and deadline == float("inf"):
+                deadline = time.monotonic() + _GRACE
             if time.monotonic() > deadline and steps:
                 self._send(steps.pop(0), running)
                 deadline = time.monotonic() + _GRACE
 
-    def _ended(self, process: Any) -> bool:
-        """Take in how a process ended; whether it did so in order."""
-        local_rank = self._processes.index(process)
-        rank, code = self._placement.rank(local_rank), process.exitcode
-        with contextlib.suppress(EOFError):
-            if self._pipes[local_rank].poll():
-                self._failures.append(self._pipes[local_rank].recv())
-                return False
+    def _take_report(self, pipe: connection.Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):  # it has ended without one
+            self._failures.append(pipe.recv())
+
+    def _take_end(self, process: Any) -> None:
+        """Take in how a process has ended, unless it has told."""
+        local_rank, code = self._processes.index(process), process.exitcode
+        pipe, rank = self._pipes[local_rank], self._placement.rank(local_rank)
+        if pipe.poll():
+            self._take_report(pipe)
         if code < 0 and -code not in self._sent:
             failure = Failure(False, time.monotonic(), rank, "killed", _signal_name(-code))
+        elif code > 0 and code not in (128 + s for s in _SIGNALS):
+            failure = Failure(False, time.monotonic(), rank, "exit", str(code))
+        else:
+            return
+        if rank not in [f.rank for f in self._failures]:
             self._failures.append(failure)
-        return code in (0, *(128 + s for s in _SIGNALS)) or -code in self._sent
 
     def _exit_code(self) -> int:
         # What others saw of processes that a signal has ended is no failure.
@@ -138,7 +161,7 @@ class Children:
             return self._tell(min(failures))
         codes = [process.exitcode for process in self._processes]
         if self._received and (self._failures or min(codes) < 0):
-            return 128 + self._received[0]
+            return 128 + next(iter(self._received))
         return max(codes)
 
     def _tell(self, failure: Failure) -> int:
@@ -148,6 +171,8 @@ class Children:
         if failure.kind == "error":
             print(failure.text, file=sys.stderr, end="")
             return 1
+        if failure.kind == "exit":
+            return int(failure.text)  # it has said why
         hint = " (the kernel does that when memory runs out)" if failure.text == "SIGKILL" else ""
         print(
             f"{os.path.basename(sys.argv[0])}: error: process {failure.rank} of "
@@ -167,11 +192,12 @@ def _signal_name(number: int) -> str:
 def _child(
     parent: int,
     report: connection.Connection,
-    rank: int,
     work: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
     """What a started process runs."""
+    local_rank, placement = args[:2]
+    rank = placement.rank(local_rank)
     # Its data workers are forked, as those of a process alone are: started by "spawn", this one
     # would have them import everything anew, and share nothing.
     multiprocessing.set_start_method("fork", force=True)
@@ -187,7 +213,8 @@ def _child(
         now = time.monotonic()
         user = isinstance(error, UserError)
         text = one_line(error) if user else traceback.format_exc()
-        report.send(Failure(_is_lost(error), now, rank, "user" if user else "error", text[-30000:]))
+        kind = "user" if user else "error"
+        report.send(Failure(_is_lost(error), now, rank, kind, text[-_LONGEST:]))
         sys.exit(2 if user else 1)
 
 

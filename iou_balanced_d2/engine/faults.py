@@ -23,8 +23,7 @@ _EVALUATION = {"inference_on_dataset", "validation_losses"}
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|Cannot allocate memory", re.I)
 _WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.S)
 _LOST = re.compile(
-    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout"
-    r"|process group",
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout",
     re.I,
 )
 
@@ -56,7 +55,8 @@ def lost_connection(error: BaseException) -> str:
         error: as raised by a collective of gloo or NCCL, or by their meeting place.
 
     Returns:
-        the first line of PyTorch's message, without the place in its source.
+        the first line of PyTorch's message, without the place in its source, and what NCCL gives
+        as its last error.
     """
     is_lost = isinstance(error, _distributed_errors()) or (
         type(error) is RuntimeError and _LOST.search(str(error))
@@ -65,6 +65,8 @@ def lost_connection(error: BaseException) -> str:
         return ""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = re.sub(r"^\[[^\]]*\] ?", "", line)
+    if cause := re.search(r"^Last error:\s*(.+)", str(error), re.M):
+        line = f"{line}: {cause[1].strip()}"
     return f"{line} (--dist-timeout)" if "Timed out" in line else line
 
 

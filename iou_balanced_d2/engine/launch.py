@@ -1,9 +1,10 @@
 """Start the processes of a run, or be one of them; end as a single process would."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -14,11 +15,17 @@ from detectron2.utils import comm
 from torch.distributed import PrefixStore, distributed_c10d
 
 from ..errors import UserError, one_line
-from .agreement import Disagreement, abandon, agree, versions
+from .agreement import Disagreement, versions
 from .children import Children
 from .faults import user_error
+from .meeting import abandon, agree, linger
 from .placement import Placement
 from .rendezvous import choose_interface, find_store, open_store
+
+# Seconds that telling the others that this process can't start may take: to reach the store, which
+# may not be open yet, and (under torchrun) until rank 0 is there.
+_CONNECTING = 3.0
+_ENTERING = 30.0
 
 
 def launch(
@@ -65,27 +72,36 @@ def launch(
 def telling_others(placement: Placement) -> Iterator[None]:
     """A context for what is checked before :func:`launch`: its UserError ends the others, too.
 
-    (Not where it is the machine of rank 0 that fails, which is where they would be told.)
-
     Args:
         placement: from :func:`find_placement`.
     """
     try:
         yield
     except UserError as error:
-        if placement.world_size > 1 and not placement.opens_store:
-            rank = placement.rank(placement.local_rank or 0)
-            first = True
-            with suppress(UserError):  # not there yet: they will wait
-                first = abandon(_attempt(replace(placement, timeout=3.0)), rank, one_line(error))
-            if not first and placement.local_rank:
-                sys.exit(2)  # it has been told already
+        on_others = placement.world_size - (
+            placement.local_size if placement.local_rank is None else 1
+        )
+        if on_others and not _tell(placement, one_line(error)) and placement.local_rank:
+            sys.exit(2)  # it has been told already
         raise
 
 
-def _attempt(placement: Placement) -> dist.Store:
-    """The store; a restart by torchrun finds it with all that the attempt before has left."""
-    return PrefixStore(f"iou_balanced_d2/{placement.attempt}", find_store(placement))
+def _tell(placement: Placement, reason: str) -> bool:
+    """Tell the others why this process can't start; whether it is the first to do so."""
+    rank = placement.rank(placement.local_rank or 0)
+    server = None
+    try:
+        if placement.opens_store:
+            server = open_store(placement)
+            placement = replace(placement, port=server.port)
+        found = find_store(replace(placement, timeout=min(placement.timeout, _CONNECTING)))
+        hasty = replace(placement, timeout=min(placement.timeout, _ENTERING))
+        first, store = abandon(found, hasty, rank, reason)
+    except UserError:
+        return True  # not there yet: they will wait
+    if server is not None:
+        atexit.register(linger, store, placement, server)  # when the line has been printed
+    return first
 
 
 def work(*args: Any) -> None:
@@ -125,8 +141,7 @@ def _take_part(
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // placement.local_size))
     rank = placement.rank(local_rank)
-    store = _attempt(placement)
-    agree(store, placement, rank, {**versions(), **facts})
+    store = agree(find_store(placement), placement, rank, {**versions(), **facts})
     choose_interface(placement)
     _join(PrefixStore("group", store), placement, rank, "nccl" if cuda else "gloo")
     try:

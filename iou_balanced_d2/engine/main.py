@@ -58,7 +58,7 @@ def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     )
     check_training(cfg)
     if placement.machine_rank == 0:  # the others get the weights from there
-        if placement.attempt and not args.resume:
+        if placement.restarts and not args.resume:
             args.resume = has_checkpoint_since(cfg.OUTPUT_DIR, start_of_process(os.getppid()))
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
@@ -80,9 +80,10 @@ def has_checkpoint_since(folder: str, when: float) -> bool:
 
 def start_of_process(pid: int) -> float:
     """When a process was started, in seconds since the epoch (on Linux, see proc(5))."""
-    with open(f"/proc/{pid}/stat") as stat, open("/proc/uptime") as uptime:
+    with open(f"/proc/{pid}/stat") as stat:
         ticks = int(stat.read().rpartition(")")[2].split()[19])
-        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    # Not by /proc/uptime, which in some containers is that of the container.
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age
 
 

@@ -14,6 +14,8 @@ from ..errors import UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+_PER_NODE = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -28,7 +30,7 @@ class Placement:
         port: the store's; 0 lets the system choose a free one.
         opens_store: whether this process opens the store, rather than finds it open.
         timeout: seconds that processes wait for each other.
-        attempt: how often torchrun has restarted the processes.
+        restarts: whether all processes are started anew when one has died, as torchrun does.
     """
 
     world_size: int = 1
@@ -39,7 +41,7 @@ class Placement:
     port: int = 0
     opens_store: bool = True
     timeout: float = 600.0
-    attempt: int = 0
+    restarts: bool = False
 
     @property
     def num_machines(self) -> int:
@@ -122,9 +124,8 @@ def _host_and_port(url: str) -> tuple[str, int]:
 
 
 def _of_torchrun(environment: Mapping[str, str], timeout: float) -> Placement:
-    rank, size, local_rank, local_size, port, attempt = (
-        _number({"TORCHELASTIC_RESTART_COUNT": "0", **environment}, key) or 0
-        for key in (*_TORCHRUN[:4], "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    rank, size, local_rank, local_size, port = (
+        _number(environment, key) or 0 for key in (*_TORCHRUN[:4], "MASTER_PORT")
     )
     if local_size < 1 or size % local_size or rank % local_size != local_rank:
         raise UserError(
@@ -140,7 +141,7 @@ def _of_torchrun(environment: Mapping[str, str], timeout: float) -> Placement:
         port=port,
         opens_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
-        attempt=attempt,
+        restarts="TORCHELASTIC_RUN_ID" in environment,
     )
 
 
@@ -154,18 +155,7 @@ def _check_flags(args: argparse.Namespace, placement: Placement, starter: str) -
 def _of_slurm(environment: Mapping[str, str], tasks: int, timeout: float) -> Placement:
     rank = _number(environment, "SLURM_PROCID") or 0
     local_rank = _number(environment, "SLURM_LOCALID") or 0
-    per_node = next(
-        (
-            environment[key]
-            for key in (
-                "SLURM_STEP_TASKS_PER_NODE",
-                "SLURM_TASKS_PER_NODE",
-                "SLURM_NTASKS_PER_NODE",
-            )
-            if environment.get(key)
-        ),
-        str(tasks),
-    )
+    per_node = next((environment[key] for key in _PER_NODE if environment.get(key)), str(tasks))
     match = re.fullmatch(r"(\d+)(\(x\d+\))?", per_node)
     local_size = int(match.group(1)) if match else 0
     if not local_size or tasks % local_size or rank % local_size != local_rank:

@@ -21,9 +21,10 @@ def autocast(cfg: CfgNode) -> torch.autocast:
     Returns:
         a context, without effect with SOLVER.AMP.ENABLED False.
     """
-    return torch.autocast(
-        _device_type(cfg), dtype=_DTYPES[cfg.SOLVER.AMP.PRECISION], enabled=cfg.SOLVER.AMP.ENABLED
-    )
+    enabled = cfg.SOLVER.AMP.ENABLED
+    # PyTorch 2.0 refuses float16 on a CPU also where it is to have no effect.
+    dtype = _DTYPES[cfg.SOLVER.AMP.PRECISION] if enabled else None
+    return torch.autocast(_device_type(cfg), dtype=dtype, enabled=enabled)
 
 
 def _device_type(cfg: CfgNode) -> str:

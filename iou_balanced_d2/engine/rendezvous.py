@@ -29,11 +29,8 @@ def open_store(placement: Placement) -> TCPStore:
     Raises:
         UserError: if the port can't be had.
     """
-    local = placement.num_machines == 1
-    host = placement.host if local else ""
-    family = _family(placement.host)
     try:
-        listener = socket.create_server((host, placement.port), family=family, backlog=2048)
+        listener = _listen(placement)
     except OSError as error:
         why = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:
@@ -43,9 +40,8 @@ def open_store(placement: Placement) -> TCPStore:
             f"{why}"
         ) from error
     port = listener.getsockname()[1]
-    address = placement.host if local else ("::1" if family == socket.AF_INET6 else "127.0.0.1")
     return TCPStore(
-        address,
+        placement.host if placement.num_machines == 1 else "127.0.0.1",
         port,
         is_master=True,
         wait_for_workers=False,
@@ -54,11 +50,18 @@ def open_store(placement: Placement) -> TCPStore:
     )
 
 
-def _family(host: str) -> socket.AddressFamily:
+def _listen(placement: Placement) -> socket.socket:
+    """A socket that only this machine reaches, or, for several, all by IPv4 and IPv6 alike."""
+    if placement.num_machines > 1:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        address = ("", placement.port)
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     try:
-        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(placement.host, None, type=socket.SOCK_STREAM)[0][0]
     except OSError:
-        return socket.AF_INET
+        family = socket.AF_INET
+    return socket.create_server((placement.host, placement.port), family=family, backlog=2048)
 
 
 def find_store(placement: Placement) -> TCPStore:

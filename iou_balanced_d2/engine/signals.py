@@ -5,6 +5,7 @@ import mmap
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ from detectron2.utils import comm
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds within which two signals of a kind are one: what ends a job may send it to a process and
+# to its group (timeout), or to all processes of a job, of which one hands it on (SLURM).
+ONE_SIGNAL = 1.0
 # Whether a training is under way: one byte shared with the data workers, which are forked.
 _training = mmap.mmap(-1, 1)
 
@@ -33,10 +37,11 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """A context that catches SIGTERM and SIGINT; a second one of the same kind ends at once.
+    """A context that catches SIGTERM and SIGINT; a later one of the same kind ends at once.
 
-    (Of the same kind, as the end of a launching process sends SIGINT to those it launched, after
-    the SIGTERM that has ended it.) Once the training is being stopped no signal disturbs it.
+    (Later by a second. Of the same kind, as the end of a launching process sends SIGINT to those it
+    launched, after the SIGTERM that has ended it.) Once the training is being stopped no signal
+    disturbs it.
 
     Attributes:
         received: the signal that has come to this process.
@@ -51,6 +56,7 @@ class StopSignals:
         self._ignored = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
+        self._when = 0.0  # a monotonic clock's, of the signal received
 
     def __enter__(self) -> "StopSignals":
         _training[0] = 1
@@ -73,11 +79,11 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid or self._ignored:
             return  # (another pid: a data worker, which inherits this and ends with its parent)
-        if self.received == signum:
+        if self.received == signum and time.monotonic() > self._when + ONE_SIGNAL:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._pid, signum)
         if self.received is None:
-            self.received = signum
+            self.received, self._when = signum, time.monotonic()
             if self._anywhere:
                 self.ignore()
                 raise Stopped(signum)

@@ -7,6 +7,18 @@ As ``detectron2.model_zoo``::
     model = model_zoo.get("FCOS/COCO-Detection/fcos_R_50_FPN_1x_iou_balanced.yaml")
 """
 
-from .model_zoo import get, get_checkpoint_url, get_config, get_config_file
+from .model_zoo import (
+    get,
+    get_checkpoint_url,
+    get_config,
+    get_config_file,
+    get_detectron2_config,
+)
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
+__all__ = [
+    "get",
+    "get_checkpoint_url",
+    "get_config",
+    "get_config_file",
+    "get_detectron2_config",
+]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import detectron2
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
@@ -92,6 +93,27 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
     if trained:
         cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
     return cfg
+
+
+def get_detectron2_config(config_path: str) -> DictConfig:
+    """A LazyConfig of detectron2's own zoo, for ours to be based on.
+
+    detectron2's function imports pkg_resources, which newer versions of setuptools do not have.
+
+    Args:
+        config_path: name relative to its ``configs/``, e.g.
+            "COCO-Detection/retinanet_R_50_FPN_1x.py".
+
+    Returns:
+        the config.
+
+    Raises:
+        RuntimeError: if the installed detectron2 has no such config.
+    """
+    path = Path(detectron2.__file__).parent / "model_zoo" / "configs" / config_path
+    if not path.is_file():
+        raise RuntimeError(f"{config_path} not available in the model zoo of detectron2: {path}")
+    return LazyConfig.load(str(path))
 
 
 def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:

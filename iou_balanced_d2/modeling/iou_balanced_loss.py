@@ -97,7 +97,7 @@ class IoUBalancedLoss(nn.Module):
         """Set the hyper-parameters; their names are the config's keys in lower case.
 
         Args:
-            num_classes: K.
+            num_classes: number of classes, K.
             box2box_transform: detectron2's transform between deltas and boxes
                 (``get_deltas``, ``apply_deltas``).
             focal_loss_alpha: weight of the positives in the focal loss.
@@ -308,8 +308,9 @@ class IoUBalancedLoss(nn.Module):
     ) -> Tensor:
         """Eq. 2 within the scope asked for, (P,)."""
         if self.cls_norm_scope == "global":
-            scale = sum_keeping_scale(sums.cls_balanced, sums.cls)
-            return apply_cls_scale(iou.double() ** self.cls_eta, scale).to(iou.dtype)
+            # In the weights' own type: a scale beyond it would be infinite, and inf * 0 NaN.
+            scale = sum_keeping_scale(sums.cls_balanced.to(iou.dtype), sums.cls.to(iou.dtype))
+            return apply_cls_scale(iou**self.cls_eta, scale)
         group = {"batch": None, "level": positives.level, "image": positives.image}
         return iou_balanced_cls_weights(
             iou, cls_loss, eta=self.cls_eta, group=group[self.cls_norm_scope]

@@ -14,6 +14,15 @@ LOC_WEIGHT_RULES = ("first", "anchors", "warmup", "running")
 _MIN_BALANCED_SHARE = 0.1
 # Heads that start at noise (with normalisation layers) gave 5.5 and more, and a worse detector.
 _LARGE_W_LOC = 5.0
+# Why it may be so large, and what to do.
+_BAD_ANCHORS = (
+    "the anchors overlap the objects little (tools/check_dataset.py tells how many they meet)",
+    "anchors that fit the objects",
+)
+_BAD_BOXES = (
+    "the first boxes are bad",
+    "LOC_WEIGHT_RULE anchors (running, for a detector without anchors)",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +85,9 @@ class LocWeight(nn.Module):
         # NaN sums (diverged deltas) and sums of 0 (no positives) compare as "can't measure".
         usable = (loc_balanced_sum > 0) & torch.isfinite(loc_sum)
         if self.loc_weight_rule == "running":
-            self.w_loc.copy_(torch.where(usable, loc_sum / loc_balanced_sum, 0.0))
+            w_loc = loc_sum / loc_balanced_sum
+            usable &= torch.isfinite(w_loc.float())  # the weights' type: inf * 0 would be NaN
+            self.w_loc.copy_(torch.where(usable, w_loc, 0.0))
             return
         usable &= loc_balanced_sum >= _MIN_BALANCED_SHARE * loc_sum
         usable &= self.steps < self._num_steps
@@ -94,11 +105,12 @@ class LocWeight(nn.Module):
         self._settled = True
         logger.info(f"w_loc measured: {float(self.w_loc):.4f} (kept from now on)")
         if self.w_loc > _LARGE_W_LOC:
+            cause, remedy = _BAD_ANCHORS if self.loc_weight_rule == "anchors" else _BAD_BOXES
             logger.warning(
-                "This w_loc is far above the paper's 2.3 to 3.0, as the first boxes are bad. Once "
-                "they are good the box loss will weigh several times the plain one "
+                f"This w_loc is far above the paper's 2.3 to 3.0, as {cause}. Once boxes are good "
+                "the box loss will weigh several times the plain one "
                 "(iou_balanced/loc_mean_weight). Consider MODEL.IOU_BALANCED.LOC_WEIGHT 2.0, or "
-                "LOC_WEIGHT_RULE anchors (running, for a detector without anchors)"
+                f"{remedy}"
             )
 
     def weights(self, iou: Tensor, lambda_: float) -> Tensor:

@@ -44,7 +44,7 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
         gt_labels: N tensors (R,) int64, class index of each anchor; ``num_classes`` is
             background, -1 ignored.
         level_sizes: L numbers of anchors, summing to R.
-        num_classes: K.
+        num_classes: number of classes, K.
 
     Returns:
         the positives. Counting and indexing them is where the host waits for the device, once.

@@ -36,7 +36,7 @@ def convert(source: str, target: str, classes: Sequence[int] | None) -> None:
         classes: see :func:`convert_ssd300`.
 
     Raises:
-        UserError: if the source is not such a file.
+        UserError: if the source is not such a file, or the target can't be written.
     """
     if not os.path.isfile(source):
         raise UserError(f"{source!r} not found")
@@ -56,7 +56,11 @@ def convert(source: str, target: str, classes: Sequence[int] | None) -> None:
         converted = convert_ssd300(state, classes)
     else:
         raise UserError(f"{source!r} is neither torchvision's ssd300_vgg16 nor its vgg16")
-    torch.save({"model": converted}, target)
+    try:
+        with open(target, "wb") as file:
+            torch.save({"model": converted}, file)
+    except OSError as error:
+        raise UserError(f"{target!r} can't be written: {error.strerror}") from error
     print(f"{len(converted)} tensors written to {target}; use them by MODEL.WEIGHTS {target}")
 
 
@@ -70,7 +74,7 @@ def main() -> None:
     try:
         convert(args.source, args.target, coco_classes() if args.coco else None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"convert_torchvision.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,12 +1,15 @@
 """Starting processes as users do: by flags, by torchrun, by SLURM; and how such runs end."""
 
+import atexit
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,13 +20,14 @@ from detectron2.utils import comm
 from torch.distributed import HashStore, distributed_c10d
 
 from iou_balanced_d2.engine.arguments import launch_argument_parser
-from iou_balanced_d2.engine.launch import _join, launch
+from iou_balanced_d2.engine.launch import _join, launch, telling_others
 from iou_balanced_d2.engine.main import has_checkpoint_since, start_of_process
 from iou_balanced_d2.engine.placement import Placement, find_placement, first_host
-from iou_balanced_d2.engine.rendezvous import choose_interface, interface_of, open_store
+from iou_balanced_d2.engine.rendezvous import choose_interface, find_store, interface_of, open_store
+from iou_balanced_d2.engine.signals import ONE_SIGNAL
 from iou_balanced_d2.errors import UserError
 
-from ..command import ROOT, run
+from ..command import ROOT
 
 TWO = Placement(world_size=2, local_size=2, timeout=120)
 TRAIN_NET = str(ROOT / "train_net.py")
@@ -68,8 +72,9 @@ def test_flags_that_do_not_fit_are_refused(words, said):
 
 
 def test_torchrun_places_this_process():
-    got = place(**TORCHRUN, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="2")
-    assert (got.local_rank, got.rank(1), got.machine_rank, got.attempt) == (1, 5, 1, 2)
+    got = place(**TORCHRUN, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="x")
+    assert (got.local_rank, got.rank(1), got.machine_rank, got.restarts) == (1, 5, 1, True)
+    assert not place(**TORCHRUN).restarts, "the variables that other starters set, too"
     assert (got.host, got.port, got.opens_store) == ("host-a", 29500, False)
     assert place(**{**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).opens_store, "no agent's store"
     assert place("--num-gpus", "4", **TORCHRUN).local_size == 4
@@ -123,6 +128,17 @@ def test_two_stores_of_one_machine_take_different_ports_and_a_taken_one_is_named
     message = refusal(open_store, Placement(port=first.port))
     assert f"port {first.port} of 127.0.0.1" in message
     assert "in use" in message
+
+
+def test_the_store_of_several_machines_is_reached_by_ipv4_and_ipv6():
+    """A host's name may mean one address on itself, and another one elsewhere."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    two = Placement(world_size=2, host="127.0.0.1")
+    server = open_store(two)
+    server.set("x", "1")
+    for host in ("127.0.0.1", "::1"):
+        assert find_store(replace(two, host=host, port=server.port, timeout=2)).get("x") == b"1"
 
 
 def test_gloo_gets_the_interface_that_leads_to_the_others(monkeypatch):
@@ -195,28 +211,30 @@ def behave(how, folder):
         json.dumps([torch.get_num_threads(), comm.get_world_size(), comm.get_local_size()])
     )
     if how == "stopped":  # as by a signal: rank 0 still saves when rank 1 is gone
-        time.sleep(4 if rank == 0 else 0)
+        time.sleep(2 if rank == 0 else 0)
         (Path(folder) / f"saved_{rank}").write_text("")
         raise SystemExit(143)
+    if how == "deaf":
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+        (Path(folder) / f"deaf_{rank}").write_text(str(os.getpid()))
+        time.sleep(60)
     if rank == 1:
         time.sleep(0.5)
-        if how == "user":
-            raise UserError("SOLVER.X is wrong")
         if how == "error":
             raise ValueError("of rank 1")
+        if how == "exit":  # as by results that are not those expected
+            raise SystemExit(1)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
     comm.synchronize()
 
 
-@pytest.mark.parametrize("how", ["error", "killed", "stopped", "user"])
+@pytest.mark.parametrize("how", ["error", "exit", "killed", "stopped"])
 def test_the_story_of_the_process_that_failed_first_is_told(tmp_path, capfd, monkeypatch, how):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     begin = lambda: launch(behave, (how, str(tmp_path)), TWO, device="cpu", facts={})  # noqa: E731
-    if how == "user":
-        assert refusal(begin) == "SOLVER.X is wrong"
-    else:
-        assert begin() == (143 if how == "stopped" else 1)
+    assert begin() == (143 if how == "stopped" else 1)
     err = capfd.readouterr().err
     if how == "error":
         assert err.count("Traceback") == 1
@@ -225,12 +243,43 @@ def test_the_story_of_the_process_that_failed_first_is_told(tmp_path, capfd, mon
         assert "error: process 1 of 2 was killed by SIGKILL (the kernel does that when" in err
         assert "--resume goes on" in err
         assert "Traceback" not in err
-    elif how == "stopped":
-        assert (tmp_path / "saved_0").exists()
+    else:
+        assert (tmp_path / "saved_0").exists() == (how == "stopped")
         assert "Traceback" not in err
+        assert "lost the connection" not in err
     assert "destroy_process_group" not in err
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert json.loads((tmp_path / "1.json").read_text()) == [threads, 2, 2]
+
+
+def test_a_later_signal_of_the_same_kind_kills_all(tmp_path):
+    """One within the first second is the same, told twice."""
+    pids = []
+
+    def send():
+        while len(deaf := list(tmp_path.glob("deaf_*"))) < 2 or not all(
+            x.read_text() for x in deaf
+        ):
+            time.sleep(0.1)
+        pids.extend(int(x.read_text()) for x in deaf)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        alive.extend(running(pid) for pid in pids)
+        time.sleep(2 * ONE_SIGNAL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    alive = []
+    sender = threading.Thread(target=send, daemon=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # one too late must not end the tests
+    try:
+        sender.start()
+        assert launch(behave, ("deaf", str(tmp_path)), TWO, device="cpu", facts={}) == 143
+        sender.join(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert alive == [True, True]
+    assert not any(map(running, pids))
 
 
 def wait_for(what, process, seconds=240):
@@ -306,22 +355,24 @@ def free_port():
 
 
 def test_torchrun_restarts_and_goes_on_from_this_runs_checkpoint(tmp_path, own_config, start):
+    """Two agents, as on two hosts: only that of the process that has died counts a restart."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "model_0009999.pth").write_text("of an older run: broken, and not to be read")
     (out / "last_checkpoint").write_text("model_0009999.pth")
     os.utime(out / "model_0009999.pth", (1e9, 1e9))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    torchrun += ["--master-port", str(free_port())]
-    process = start("--config-file", own_config, *LONG, before=torchrun)
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    torchrun += ["--rdzv-id", "x", "--max-restarts", "1"]
+    agents = [start("--config-file", own_config, *LONG, before=torchrun) for _ in range(2)]
     tag = out / "last_checkpoint"
-    wait_for(lambda: tag.read_text() != "model_0009999.pth", process)
-    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
-    wait_for(lambda: "Loading from out/model_" in printed(tmp_path), process)
+    wait_for(lambda: tag.read_text() != "model_0009999.pth", agents[0])
+    os.kill(workers_of(agents[1].pid)[0], signal.SIGKILL)
+    wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agents[0])
     resumed = printed(tmp_path).split("Loading from out/")[1].split(" ")[0]
     assert resumed != "model_0009999.pth"
     newest = lambda: max(p.name for p in out.glob("model_000[0-8]*.pth"))  # noqa: E731
-    wait_for(lambda: newest() > resumed, process)
+    wait_for(lambda: newest() > resumed, agents[0])
 
 
 def test_tasks_of_srun_that_disagree_end_in_one_line(tmp_path, own_config, start):
@@ -340,14 +391,72 @@ def test_tasks_of_srun_that_disagree_end_in_one_line(tmp_path, own_config, start
     assert lines[0].endswith("SOLVER.BASE_LR is 0.02 there, 0.01 here")
 
 
-def test_machines_that_do_not_come_are_named(tmp_path, own_config):
-    words = ["--num-machines", "2", "--dist-timeout", "2", "--config-file", own_config]
-    url = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    code, _, err = run(*url, *words, cwd=tmp_path)
-    assert code == 2
-    assert "train_net.py: error: waited 2 s for rank 1 of 2 (--machine-rank 1): " in err
-    assert err.count("error:") == 1
-    code, _, err = run(*url, "--machine-rank", "1", *words, cwd=tmp_path)
-    assert code == 2
-    assert "waited 2 s for rank 0 of 2 (--machine-rank 0) at tcp://127.0.0.1:" in err
-    assert "Connection refused" in err
+def machine(rank, port, timeout, **kwargs):
+    """One of two machines with a process each, which is the test's own."""
+    return Placement(
+        world_size=2, machine_rank=rank, local_rank=0, port=port, timeout=timeout,
+        opens_store=rank == 0, **kwargs,
+    )  # fmt: skip
+
+
+def test_machines_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    begin = lambda rank: launch(  # noqa: E731
+        behave, (), machine(rank, port, 0.5), device="cpu", facts={}
+    )
+    port = free_port()
+    assert "waited 0.5 s for rank 1 of 2 (--machine-rank 1): " in refusal(begin, 0)
+    port = free_port()
+    message = refusal(begin, 1)
+    assert "waited 0.5 s for rank 0 of 2 (--machine-rank 0) at tcp://127.0.0.1:" in message
+    assert "Connection refused" in message
+
+
+def test_the_first_machine_that_can_not_start_tells_the_others(monkeypatch):
+    """And holds the store for them, though not for long."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kept = []
+    monkeypatch.setattr(atexit, "register", lambda *args: kept.append(args))
+    first, second = (replace(machine(rank, free_port(), 20), host="127.0.0.1") for rank in (0, 1))
+    second = replace(second, port=first.port)
+
+    def fail():
+        with telling_others(first):
+            raise UserError("no such file")
+
+    assert refusal(fail) == "no such file"
+    message = refusal(launch, behave, (), second, device="cpu", facts={})
+    assert message.startswith("rank 0 on ")
+    assert message.endswith(" can't start: no such file")
+    ((linger, *args),) = kept
+    start = time.monotonic()
+    linger(*args)
+    assert time.monotonic() - start < 5, "all have read it"
+
+
+def test_a_process_of_torchrun_that_can_not_start_ends_all_at_once(tmp_path, own_config, start):
+    """Far before the time-out, which is of 10 minutes."""
+    torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
+    processes = []
+    for rank in ("0", "1"):
+        missing = ["DATASETS.COCO_JSON", "(('own', 'gone.json', 'images'),)"] if rank == "1" else []
+        own = {"RANK": rank, "LOCAL_RANK": rank, **torchrun}
+        processes.append(start("--config-file", own_config, *missing, **own))
+    assert [process.wait(120) for process in processes] == [2, 2]
+    lines = sorted(line for line in printed(tmp_path).splitlines() if "error:" in line)
+    assert len(lines) == 2
+    assert "gone.json" in lines[0]
+    assert lines[1].startswith("train_net.py: error: rank 1 on ")
+    assert "can't start: " in lines[1]
+    assert "gone.json" in lines[1]
+
+
+def test_sigterm_ends_processes_that_are_only_being_started(tmp_path, own_config, start):
+    process = start("--num-gpus", "2", "--config-file", own_config, *LONG)
+    workers = wait_for(lambda: len(w := workers_of(process.pid)) == 2 and w, process)
+    process.terminate()
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert printed(tmp_path) == ""
+    assert not any(map(running, workers))
+    assert not (tmp_path / "out/last_checkpoint").exists()

@@ -325,7 +325,7 @@ def test_a_killed_process_ends_the_run_on_both_hosts(machines, lone):
 
 def test_a_cut_cable_ends_the_run_on_both_hosts(network, machines, lone):
     shutil.copy(lone / "initial.pth", machines[0].folder)
-    by_flags(machines, *ENDLESS, timeout=20)
+    by_flags(machines, *ENDLESS, timeout=12)
     wait_for_iteration(machines, 2)
     network.cut()
     assert ends(machines, within=PATIENCE) == [2, 2]
@@ -370,6 +370,7 @@ def fcos_worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     image = toy_batch()[rank : rank + 1]
     torch.save(fcos_step(image, DistributedDataParallel), f"{folder}/{rank}.pt")
+    dist.barrier()  # before torch 2.8 a group that is still at work may hang when it is destroyed
     dist.destroy_process_group()
 
 

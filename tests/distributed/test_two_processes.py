@@ -16,6 +16,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def leave():
+    dist.barrier()  # before torch 2.8 a group that is still at work may hang when it is destroyed
+    dist.destroy_process_group()
+
+
 def share(batch, rank):
     """The part of a batch of two images that one of two processes gets, with its own leaves."""
     anchors, logits, labels, deltas, gt = batch
@@ -39,7 +44,7 @@ def worker(rank, port, folder, kwargs, seeds):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     batches = [share(make_batch(seed), rank) for seed in seeds]
     torch.save(steps(make_loss(**kwargs), batches), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def run_both(tmp_path, seeds=(0, 1), **kwargs):
@@ -98,4 +103,4 @@ def lonely_worker(rank, port, folder):
     sum(losses.values()).backward()
     assert all(torch.isfinite(x.grad).all() for x in (*logits, *deltas))
     torch.save(module.training_state(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -116,6 +116,16 @@ def test_a_lost_connection_is_told_with_torch_s_first_line(message):
     assert ("(--dist-timeout)" in told) == ("Timed out" in message)
 
 
+def test_what_nccl_says_last_is_told():
+    message = (
+        "NCCL error in: NCCLUtils.hpp:275, unhandled system error, NCCL version 2.19.3\n"
+        "ncclSystemError: System call (e.g. socket, malloc) failed.\nLast error:\n"
+        "socketStartConnect: Connect to 10.0.0.2<35041> failed\n"
+    )
+    told = lost_connection(RuntimeError(message))
+    assert told.endswith("2.19.3: socketStartConnect: Connect to 10.0.0.2<35041> failed")
+
+
 def test_torch_s_own_errors_of_connections_are_known():
     for name in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         kind = getattr(torch.distributed, name, None)
@@ -135,6 +145,7 @@ def test_a_worker_that_was_killed_is_told():
         ValueError("NCCL"),
         OSError(errno.ENOENT, "No such file or directory", "x"),
         KeyError("x"),
+        RuntimeError("Default process group has not been initialized"),
     ],
 )
 def test_other_errors_keep_their_traceback(error):

@@ -1,7 +1,7 @@
 """Property-based: whatever the predictions, the loss is finite and keeps what it promises."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from .test_iou_balanced_loss import make_batch, make_loss
@@ -36,6 +36,14 @@ def extreme_batch(seed, logit_scale, delta_scale, gt_shift, dtype):
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10_000), modes, extremes)
+@example(  # the boxes with an IoU above 0 have next to no loss: a sum of 1e-43, a scale of 1e44
+    3277,
+    {
+        "cls_eta": 0.5, "cls_norm_scope": "global", "loc_lambda": 0.0, "loc_weight": 0.0,
+        "loc_weight_rule": "first", "normalizer": "ema", "box_reg_loss_type": "smooth_l1",
+    },
+    {"logit_scale": 80.0, "delta_scale": 3.0, "gt_shift": 0.0, "dtype": torch.float32},
+)  # fmt: skip
 def test_losses_and_gradients_are_finite(seed, mode, extreme):
     if mode["box_reg_loss_type"] == "ciou":
         # A box shrunk to nothing has no aspect ratio; detectron2's CIoU is NaN there.

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from iou_balanced_d2.modeling.loc_weight import LocWeight
+
 from ..losses import numpy_oracle as oracle
 from .test_iou_balanced_loss import K, make_batch, make_loss, to_numpy
 
@@ -93,9 +95,26 @@ def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
     )
 
 
+@pytest.mark.parametrize(
+    ("rule", "cause"), [("first", "the first boxes are bad"), ("anchors", "overlap the objects")]
+)
+def test_the_cause_of_a_large_w_loc_is_the_rules(caplog, rule, cause):
+    loc_weight = LocWeight(loc_weight=0.0, loc_weight_rule=rule, warmup_iters=1)
+    loc_weight.update(torch.tensor(12.0), torch.tensor(2.0))
+    assert cause in caplog.text
+    assert ("LOC_WEIGHT_RULE anchors" in caplog.text) == (rule == "first")
+
+
 def test_loc_mean_weight_is_what_the_box_loss_weighs():
     module = make_loss(loc_weight=3.049, normalizer="batch")
     plain = make_loss(loc_lambda=0.0, normalizer="batch")
     got, expected = (m(*make_batch())["loss_box_reg"].item() for m in (module, plain))
     mean_weight = module.loc_weight.mean_weight(*map(torch.tensor, sums_of(make_batch())))
     np.testing.assert_allclose(mean_weight.item(), got / expected, rtol=1e-5)
+
+
+def test_a_running_w_loc_beyond_float32_is_not_used():
+    loc_weight = LocWeight(loc_weight=0.0, loc_weight_rule="running", warmup_iters=0)
+    sums = torch.tensor([30.0, 2e-43], dtype=torch.float64)
+    loc_weight.update(*sums)
+    assert loc_weight.weights(torch.tensor([0.0, 0.5]), 1.5).tolist() == [1.0, 1.0]

@@ -106,6 +106,9 @@ def test_the_converter_writes_a_checkpoint(tmp_path, converter, capsys):
     assert "26 tensors written" in capsys.readouterr().out
     model = torch.load(tmp_path / "out.pth")["model"]
     assert model["backbone.bottom_up.conv4_3.bias"][0] == 21
+    with pytest.raises(SystemExit):
+        converter(tmp_path / "vgg16.pth", tmp_path / "no folder/out.pth")
+    assert "out.pth' can't be written: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,6 @@ def test_the_converter_says_what_is_wrong(tmp_path, converter, capsys, name, mes
         converter(tmp_path / name, tmp_path / "out.pth", "--coco")
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("convert_torchvision.py: error: ")
     assert message in error
     assert error.count("\n") == 1

@@ -65,6 +65,14 @@ def test_tests_are_counted_from_pytests_report(tmp_path):
         check_versions.run_tests(sys.executable, ["--no-such-option"], report)
 
 
+def test_what_is_selected_and_left_out_exists():
+    deselected = [x.split("=")[1] for x in check_versions.NOT_WITH_OLDEST]
+    for test in (*check_versions.SELECTION, *deselected):
+        path, _, name = test.partition("::")
+        assert (ROOT / path).exists(), test
+        assert not name or f"\ndef {name}(" in (ROOT / path).read_text(), test
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The script with environments made in no time, in which so many tests fail."""

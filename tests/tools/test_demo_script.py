@@ -164,6 +164,8 @@ def test_a_video_that_can_not_be_read_is_named(run_fast, tmp_path, capsys, conte
         (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WIGHTS", "y"), "did you mean"),
         (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WEIGHTS", "no.pth"),
          "MODEL.WEIGHTS 'no.pth' not found"),
+        (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WEIGHTS", ""),
+         "give --opts MODEL.WEIGHTS FILE"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(run, args, message, capsys):

@@ -137,9 +137,15 @@ def test_mistakes_are_one_line(command, tmp_path, capsys, monkeypatch):
     assert command(weights="nothing.pth") == 2
     assert "error: MODEL.WEIGHTS 'nothing.pth' not found" in capsys.readouterr().err
     assert command(weights="") == 2
-    assert "error: nothing to evaluate: give MODEL.WEIGHTS" in capsys.readouterr().err
+    assert "error: nothing to export: give MODEL.WEIGHTS FILE" in capsys.readouterr().err
     assert command("--image", "nothing.jpg") == 2
-    assert "error: --image 'nothing.jpg' can't be read" in capsys.readouterr().err
+    assert "error: --image 'nothing.jpg' can't be read: No such" in capsys.readouterr().err
+    assert command("--image", "weights.pth") == 2
+    assert "error: --image 'weights.pth' can't be read: not an image" in capsys.readouterr().err
+    assert command("--output", "weights.pth") == 2
+    assert "error: --output 'weights.pth' can't be written: File exists" in capsys.readouterr().err
+    assert command("INPUT.FORMAT", "BGR", "--format", "onnx") == 2
+    assert "error: --format must stand before the KEY VALUE" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install onnx"):
         export_onnx(plain_detector(toy_model()), image(), "model.onnx")

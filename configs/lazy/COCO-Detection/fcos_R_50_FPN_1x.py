@@ -1,10 +1,9 @@
 """The baseline: detectron2's FCOS-R50, 1x schedule, plain losses, as in the YAML config."""
 
-from detectron2.model_zoo import get_config
-
+from iou_balanced_d2.model_zoo import get_detectron2_config
 from iou_balanced_d2.projects.fcos import IoUBalancedFCOS
 
-_base = get_config("COCO-Detection/fcos_R_50_FPN_1x.py")
+_base = get_detectron2_config("COCO-Detection/fcos_R_50_FPN_1x.py")
 dataloader, lr_multiplier = _base.dataloader, _base.lr_multiplier
 optimizer, train = _base.optimizer, _base.train
 

@@ -22,7 +22,7 @@ def hard_negatives(loss: Tensor, labels: Tensor, num_classes: int, ratio: float)
     Args:
         loss: (N, R) float, element-wise classification loss.
         labels: (N, R) int64 class index; K is background, -1 ignored.
-        num_classes: K.
+        num_classes: number of classes, K.
         ratio: negatives for one positive.
 
     Returns:
@@ -41,7 +41,7 @@ def mined_sum(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> T
     Args:
         loss: (N, R) float, element-wise classification loss, the positives' weighted or not.
         labels: (N, R) int64 class index; K is background, -1 ignored.
-        num_classes: K.
+        num_classes: number of classes, K.
         ratio: negatives for one positive.
 
     Returns:

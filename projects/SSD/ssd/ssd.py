@@ -50,7 +50,7 @@ class SSDHead(nn.Module):
         Args:
             input_shape: of the L feature maps.
             num_anchors: A of each.
-            num_classes: K.
+            num_classes: number of classes, K.
         """
         super().__init__()
         self.cls_score, self.bbox_pred = nn.ModuleList(), nn.ModuleList()
@@ -105,7 +105,7 @@ class SSD(DenseDetector):
             anchor_generator: gives the default boxes.
             box2box_transform: between deltas and boxes.
             anchor_matcher: labels the default boxes.
-            num_classes: K.
+            num_classes: number of classes, K.
             neg_pos_ratio: hard negatives for one positive.
             smooth_l1_beta: knee of smooth L1.
             test_score_thresh: detections below are dropped.
