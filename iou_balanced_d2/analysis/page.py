@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from tabulate import tabulate
 
@@ -21,6 +22,16 @@ th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto;
 """
 
 
+def _clean(text: str) -> str:
+    """Text without control characters (tabulate takes one of them for a line) and surrogates."""
+    kinds = ("Cc", "Cs")
+    return "".join("\ufffd" if category(c) in kinds and c not in "\n\t" else c for c in text)
+
+
+def _escape(text: str) -> str:
+    return escape(_clean(text))
+
+
 class Page:
     """A page, filled from top to bottom; all text given is plain text."""
 
@@ -30,16 +41,16 @@ class Page:
         Args:
             title: its title and headline.
         """
-        self._title = escape(title)
+        self._title = _escape(title)
         self._parts: list[str] = []
 
     def heading(self, text: str) -> None:
         """Start a section."""
-        self._parts.append(f"<h2>{escape(text)}</h2>")
+        self._parts.append(f"<h2>{_escape(text)}</h2>")
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._parts.append(f"<p>{escape(text)}</p>")
+        self._parts.append(f"<p>{_escape(text)}</p>")
 
     def figure(self, file: Path, description: str) -> None:
         """Add a PNG or JPEG at full width; the description is for those who can't see it."""
@@ -48,7 +59,7 @@ class Page:
     def tiles(self, files: Sequence[Path], captions: Sequence[str]) -> None:
         """Add small pictures side by side, each with its caption."""
         tiles = [
-            f"<figure>{_image(file, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure>{_image(file, caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
             for file, caption in zip(files, captions, strict=True)
         ]
         self._parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
@@ -56,12 +67,13 @@ class Page:
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 1) -> None:
         """Add a table; numbers are rounded to so many digits, NaN is a dash."""
         shown = [[_cell(value, digits) for value in row] for row in rows]
-        table = tabulate(shown, headers, tablefmt="html", disable_numparse=True)
+        names = [_clean(name) for name in headers]
+        table = tabulate(shown, names, tablefmt="html", disable_numparse=True)
         self._parts.append(f'<div class="scroll">{table}</div>')
 
     def link(self, text: str, target: str) -> None:
         """Add a paragraph that leads to another file."""
-        self._parts.append(f'<p><a href="{escape(target)}">{escape(text)}</a></p>')
+        self._parts.append(f'<p><a href="{_escape(target)}">{_escape(text)}</a></p>')
 
     def html(self) -> str:
         """The page; nothing it shows lies outside of it."""
@@ -80,10 +92,10 @@ class Page:
 def _image(file: Path, description: str) -> str:
     kind = "jpeg" if file.suffix == ".jpg" else "png"
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{_escape(description)}" src="data:image/{kind};base64,{data}">'
 
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
         return "–" if value != value else f"{value:.{digits}f}"
-    return str(value)
+    return _clean(str(value))
