@@ -11,9 +11,7 @@ from detectron2.modeling import RetinaNet
 from detectron2.utils.events import EventStorage
 
 from iou_balanced_d2 import model_zoo
-from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
-from iou_balanced_d2.engine.loss_state import LossState
-from iou_balanced_d2.engine.other_classes import other_classes_message
+from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer, other_classes_message
 
 from .command import run
 from .toy import toy_batch, toy_config, toy_model

@@ -197,15 +197,6 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path, source):
     check_untouched(tmp_path)
 
 
-def test_an_unfinished_file_that_is_a_link_is_replaced(tmp_path, source):
-    path = Path(conversion.cached_json("x", source))
-    path.unlink()
-    path.with_name(path.name + ".tmp").symlink_to(tmp_path / "precious/file")
-    assert conversion.cached_json("x", source) == str(path)
-    assert json.loads(path.read_text())["images"] == []
-    check_untouched(tmp_path)
-
-
 def own(own_data, *opts):
     """Options of a config with one's own data."""
     forget_own_data()

@@ -10,6 +10,11 @@ from iou_balanced_d2.model_zoo import get_config_file
 
 NUM_CLASSES = 3
 CONFIG = "COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml"
+# A backbone of few channels: its checkpoints have some megabytes, ResNet-18's a hundred.
+THIN = [
+    "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.STEM_OUT_CHANNELS", 4,
+]  # fmt: skip
 
 
 def toy_config(*opts, config=CONFIG):

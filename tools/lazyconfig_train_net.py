@@ -20,11 +20,10 @@ from typing import Any
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.agreement import flatten
 from iou_balanced_d2.engine.arguments import launch_argument_parser
-from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
+from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.faults import explained_errors
 from iou_balanced_d2.engine.launch import telling_others
-from iou_balanced_d2.engine.loss_state import LossState
-from iou_balanced_d2.engine.step import StepTrainer
+from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.projects import import_projects

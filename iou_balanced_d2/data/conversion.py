@@ -29,6 +29,7 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import write_atomically
 from .names import check_name
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,8 @@ def cached_json(name: str, source: Source) -> str:
     with file_lock(str(folder / quote(name, safe=""))):
         if not (folder / file_name).exists():
             logger.info(f"Converting the annotations of {name} into {folder / file_name} ...")
-            _write_atomically(folder / file_name, source.convert())
+            content = json.dumps(source.convert()).encode()
+            write_atomically(folder / file_name, lambda f: f.write(content))
             _remove_outdated(folder, name, keep=file_name)
     return str(folder / file_name)
 
@@ -230,25 +232,10 @@ def _is_writable(folder: Path, name: str) -> bool:
     return True
 
 
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that nobody ever finds half a file; the lock is held."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "x", encoding="utf-8") as f:  # "w" would follow a link
-            json.dump(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _remove_outdated(folder: Path, name: str, *, keep: str) -> None:
     """Remove what other keys of this data set have left, half-written files too."""
-    pattern = re.compile(re.escape(quote(name, safe="")) + r"-[0-9a-f]{16}\.json(\.tmp)?")
+    file = re.escape(quote(name, safe="")) + r"-[0-9a-f]{16}\.json"
+    pattern = re.compile(rf"{file}|\.{file}\.\w+\.unfinished")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.name != keep:
             path.unlink(missing_ok=True)

@@ -4,9 +4,9 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlparse
 
 import numpy as np
@@ -17,62 +17,15 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .other_classes import other_classes_message
+from ..files import write_atomically
+from ..modeling import IoUBalancedLoss
 from .safe_load import BrokenCheckpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# One name for all, so that what a kill leaves behind is replaced by the next file written.
-UNFINISHED = "unfinished.tmp"
-
-
-def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that at every moment the path holds all of it or what was there before.
-
-    Args:
-        path: the file.
-        write: writes the content into an open file.
-
-    Raises:
-        UserError: naming the file, if it can't be written; what was there before stays.
-    """
-    folder = os.path.dirname(path) or "."
-    temporary = os.path.join(folder, UNFINISHED)
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if reason := _why_not_written(error):
-            raise UserError(
-                f"{path!r} can't be written: {reason}; files written before are whole"
-            ) from error
-        raise
-    _sync_folder(folder)
-
-
-def _why_not_written(error: BaseException | None) -> str:
-    """The system's words; PyTorch raises a RuntimeError of its own from within the system's."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _sync_folder(folder: str) -> None:
-    """Let the new name survive a power cut; not every file system can be asked to."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+# A parameter's name, its shape in the checkpoint, and its shape in the model.
+Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 
 def checkpoint_files(folder: str) -> list[str]:
@@ -271,9 +224,73 @@ class RobustCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if told := other_classes_message(self.model, incompatible.incorrect_shapes):
-            self.logger.warning(told)
+        if message := other_classes_message(self.model, incompatible.incorrect_shapes):
+            self.logger.warning(message)
             names = {name for name, _, _ in incompatible.incorrect_shapes}
             missing = [key for key in incompatible.missing_keys if key not in names]
             incompatible = incompatible._replace(missing_keys=missing, incorrect_shapes=[])
         super()._log_incompatible_keys(incompatible)
+
+
+def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> str:
+    """One line on layers that do not fit because the number of classes is another one.
+
+    Args:
+        model: a dense detector with ``num_classes``; ``num_background_scores`` is how many scores
+            each anchor has beside the classes' (none if it has no such attribute).
+        mismatches: what fvcore's checkpointer found, ``incorrect_shapes`` of its result.
+
+    Returns:
+        names, both numbers of classes and what becomes of the layers; "" if nothing does not fit,
+        or not for this reason alone.
+    """
+    mismatches = list(mismatches)
+    num_classes = getattr(model, "num_classes", None)
+    if not (mismatches and isinstance(num_classes, int)):
+        return ""
+    background = getattr(model, "num_background_scores", 0)
+    found = {_classes_in_checkpoint(m, num_classes, background) for m in mismatches}
+    if len(found) != 1 or found == {0}:
+        return ""
+    names = ", ".join(sorted(name for name, _, _ in mismatches))
+    return (
+        f"the checkpoint has {found.pop()} classes and this model {num_classes} (NUM_CLASSES): "
+        f"{names} can't be loaded and start anew, to be trained; all other weights that the "
+        "checkpoint has are loaded"
+    )
+
+
+def _classes_in_checkpoint(mismatch: Mismatch, num_classes: int, background: int) -> int:
+    """The number of classes that a layer's outputs in the checkpoint are for, 0 if for none."""
+    _, theirs, ours = mismatch
+    if len(theirs) == 0 or len(ours) == 0 or list(theirs[1:]) != list(ours[1:]):
+        return 0
+    # The outputs are those of A anchors: A * (classes + background).
+    num_anchors, rest = divmod(ours[0], num_classes + background)
+    if rest or not num_anchors or theirs[0] % num_anchors:
+        return 0
+    return max(theirs[0] // num_anchors - background, 0)
+
+
+class LossState:
+    """The training state of the losses as a checkpointable, saved and resumed beside the weights.
+
+    Not part of the weights: fine-tuning starts with a state of its own.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Find the losses of a model.
+
+        Args:
+            model: the detector, wrapped in DDP or not; it may hold no IoU-balanced loss at all.
+        """
+        self.losses = [m for m in model.modules() if isinstance(m, IoUBalancedLoss)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each loss, in the order of the model's modules."""
+        return {"losses": [loss.training_state() for loss in self.losses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; a plain detector's checkpoint has nothing to load."""
+        for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
+            loss.load_training_state(loss_state)

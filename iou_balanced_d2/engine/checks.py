@@ -12,7 +12,7 @@ from ..config import iou_balanced_args
 from ..errors import UserError
 from ..modeling import IoUBalancedLoss
 from .checkpoint import checkpoint_files
-from .precision import PRECISIONS
+from .train_step import PRECISIONS
 
 # detectron2's and the paper's learning rate of RetinaNet, and detectron2's of FCOS, for each image
 # of the batch. A detector with another one says so in its `lr_per_image`.

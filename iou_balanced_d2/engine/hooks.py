@@ -1,11 +1,11 @@
-"""Hooks of the trainer: the best checkpoint, and the losses on the test sets."""
+"""The best checkpoint, the losses on the test sets, and logs on a full disk."""
 
 import contextlib
 import difflib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..data.loading import CheckedMapper, load_training_dicts
-from .checkpoint import RobustCheckpointer, write_atomically
-from .precision import autocast
+from ..files import write_atomically
+from .checkpoint import RobustCheckpointer
+from .train_step import autocast, precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         super().__init__(eval_period, UntaggedCheckpointer(checkpointer), metric, mode)
         self._logger = logger
         self._file = os.path.join(checkpointer.save_dir, "model_best.json")
-        self._unknown_told = False
+        self._warned = False
 
     def before_train(self) -> None:
         """Take up the best value of the training that is resumed."""
@@ -84,7 +85,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
     def _best_checking(self) -> None:
         names = self.trainer.storage.latest()
         if self._val_metric not in names:
-            self._tell_unknown(list(names))
+            self._warn_unknown(list(names))
             return
         super()._best_checking()
 
@@ -96,10 +97,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
         write_atomically(self._file, lambda f: f.write(json.dumps(best).encode()))
         return True
 
-    def _tell_unknown(self, names: list[str]) -> None:
-        if self._unknown_told:
+    def _warn_unknown(self, names: list[str]) -> None:
+        if self._warned:
             return
-        self._unknown_told = True
+        self._warned = True
         metrics = [
             name for name in names if "/AP" in name or "/AR" in name or "validation/" in name
         ]
@@ -212,7 +213,7 @@ def build_validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
         if not loaders:  # data sets are read when first needed
             loaders.append(build_validation_loader(cfg))
         batch_size = max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1)
-        with autocast(cfg):
+        with autocast(model, precision_of(cfg)):
             return validation_losses(model, loaders[0], batch_size)
 
     return hooks.EvalHook(cfg.TEST.LOSS_PERIOD, compute)
@@ -238,3 +239,39 @@ def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer)
         period = cfg.TEST.LOSS_PERIOD if on_loss else cfg.TEST.EVAL_PERIOD
         chosen.append(BestCheckpointer(period, checkpointer, metric))
     return chosen
+
+
+class FaultTolerantWriter(EventWriter):
+    """A writer of scalars that warns once, rather than end the training, on a full disk."""
+
+    def __init__(self, writer: EventWriter):
+        """Set whose errors are caught.
+
+        Args:
+            writer: detectron2's.
+        """
+        self._writer = writer
+        self._warned = False
+
+    def write(self) -> None:
+        """Write the newest scalars; those that could not be written are missing in the file."""
+        self._try(self._writer.write)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._try(self._writer.close)
+
+    def _try(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except OSError as error:
+            # TensorBoard's writer has not taken them, and they would pile up.
+            get_event_storage().clear_images()
+            get_event_storage().clear_histograms()
+            if not self._warned:
+                self._warned = True
+                name = type(self._writer).__name__
+                logger.warning(
+                    f"{name}'s file in OUTPUT_DIR can't be written: {error}; the training goes "
+                    "on, what could not be written is missing there"
+                )

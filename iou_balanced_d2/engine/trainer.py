@@ -24,21 +24,18 @@ from torch import Tensor, nn
 
 from ..data import prepare_dataset
 from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
+from ..data.resumable_loader import ResumableLoader, SeedState, seed_step
 from ..errors import UserError
 from ..evaluation import BoxEvaluator
-from ..modeling.test_time_augmentation import DenseDetectorWithTTA
+from ..files import remove_unfinished, write_atomically
+from ..modeling import DenseDetectorWithTTA
 from .agreement import check_same_data
-from .checkpoint import RobustCheckpointer, write_atomically
-from .ema import WeightsAverage
+from .checkpoint import LossState, RobustCheckpointer
 from .faults import explained_errors, lost_connection
-from .hooks import evaluation_hooks
-from .logs import let_writers_fail
-from .loss_state import LossState
-from .optimizer import build_optimizer
-from .precision import MixedPrecisionTrainer
-from .signals import Stopped
-from .step import StepTrainer
-from .stream import ResumableLoader, SeedState, seed_step
+from .hooks import FaultTolerantWriter, evaluation_hooks
+from .optimizer import WeightsAverage, build_optimizer
+from .signals import Stopped, outlive_in_worker
+from .train_step import StepTrainer, precision_of
 from .visualization import visualization_hooks
 
 logger = logging.getLogger(__name__)
@@ -74,8 +71,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self.loader = self.build_train_loader(cfg)
         model = _wrap_in_ddp(model, cfg.MODEL.DEVICE)
-        kind = partial(MixedPrecisionTrainer, cfg) if cfg.SOLVER.AMP.ENABLED else StepTrainer
-        self._trainer = kind(model, self.loader, optimizer)
+        self._trainer = StepTrainer(model, self.loader, optimizer, precision=precision_of(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(
             model, cfg.OUTPUT_DIR, trust=trust_checkpoint, trainer=weakref.proxy(self)
@@ -159,18 +155,20 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """detectron2's; of each scalar only as many values are kept as its printer looks at."""
+        if comm.is_main_process():
+            remove_unfinished(self.cfg.OUTPUT_DIR)
         self.storage._history.default_factory = partial(HistoryBuffer, max_length=_KEPT_VALUES)
         super().before_train()
 
-    def run_step(self) -> None:
-        """One step, with what is random in it given by SEED and the iteration."""
+    def before_step(self) -> None:
+        """detectron2's hooks; what is random in the step is given by SEED and the iteration."""
+        super().before_step()
         seed_step(self.loader.seed, self.iter)
-        super().run_step()
-        if self.average is not None:
-            self.average.update()
 
     def after_step(self) -> None:
         """detectron2's hooks; where evaluation starts, all that a checkpoint holds is done."""
+        if self.average is not None:
+            self.average.update()
         for hook in self._hooks:
             if isinstance(hook, hooks.EvalHook) and self._last_done < self.iter:
                 self._last_done = self.iter
@@ -252,7 +250,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """detectron2's: the terminal, metrics.json, TensorBoard; a full disk ends no training."""
-        return let_writers_fail(super().build_writers(), self.cfg.OUTPUT_DIR)
+        return [FaultTolerantWriter(writer) for writer in super().build_writers()]
 
     def _further_evaluations(self) -> list[HookBase]:
         """Of the average as often as of the weights; with augmentation at the end."""
@@ -275,7 +273,7 @@ class Trainer(DefaultTrainer):
         mapper = CheckedMapper(build_mapper(cfg, is_train=True))
         dicts = load_training_dicts(cfg)
         check_same_data(dicts)
-        return ResumableLoader(cfg, dicts, mapper)
+        return ResumableLoader(cfg, dicts, mapper, init_worker=outlive_in_worker)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:

@@ -2,6 +2,6 @@
 
 from .iou_balanced_loss import IoUBalancedLoss
 from .retinanet import IoUBalancedRetinaNet
-from .test_time_augmentation import DenseDetectorWithTTA
+from .tta import DenseDetectorWithTTA
 
 __all__ = ["DenseDetectorWithTTA", "IoUBalancedLoss", "IoUBalancedRetinaNet"]

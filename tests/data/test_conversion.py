@@ -92,11 +92,13 @@ def test_a_cache_that_another_user_wrote_is_read(toy, monkeypatch):
 def test_a_changed_source_is_converted_anew_and_old_caches_go(toy):
     kept = Path(cached_json("toy-2", toy))
     old = cached_json("toy", toy)
-    Path(old + ".tmp").write_text("a conversion was killed")
+    half = Path(old).with_name(f".{Path(old).name}.ab_c1.unfinished")
+    half.write_text("a conversion was killed")
     Path(toy.folder, "class.txt").write_text("horse")
     new = cached_json("toy", toy)
     assert json.loads(Path(new).read_text())["categories"][0]["name"] == "horse"
     assert not Path(old).exists()
+    assert not half.exists()
     assert caches(toy.folder) == sorted([kept.name, Path(new).name]), "another set's stays"
 
 

@@ -23,7 +23,7 @@ from iou_balanced_d2.engine import Trainer, trainer
 from iou_balanced_d2.engine import main as train_main
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
 from iou_balanced_d2.engine.faults import user_error
-from iou_balanced_d2.engine.step import share
+from iou_balanced_d2.engine.train_step import share
 
 from ..command import ROOT
 from ..engine.test_resume import stream

@@ -19,17 +19,13 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch import nn
 
-from iou_balanced_d2.engine.checkpoint import (
-    UNFINISHED,
-    RobustCheckpointer,
-    checkpoint_files,
-    write_atomically,
-)
+from iou_balanced_d2.engine.checkpoint import RobustCheckpointer, checkpoint_files
 from iou_balanced_d2.engine.checks import check_training, check_weights
 from iou_balanced_d2.engine.main import evaluate
 from iou_balanced_d2.engine.safe_load import BrokenCheckpoint, read_checkpoint
 from iou_balanced_d2.engine.trainer import Trainer
 from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.files import remove_unfinished, write_atomically
 
 from ..toy import toy_config, toy_model
 
@@ -146,11 +142,12 @@ def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
     if (child := os.fork()) == 0:
         write_atomically(str(tmp_path / "model_0000003.pth"), write)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert (tmp_path / UNFINISHED).read_bytes() == b"half"
+    (left,) = tmp_path.glob(".*.unfinished")
+    assert left.read_bytes() == b"half"
     assert (tmp_path / "model_0000003.pth").read_bytes() == before
-    saved(tmp_path, 5)
-    assert not (tmp_path / UNFINISHED).exists()
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    assert checkpoint_files(str(tmp_path)) == [str(tmp_path / "model_0000003.pth")]
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth"]
 
 
 def test_a_full_disk_is_one_line_and_the_one_before_stays(tmp_path):

@@ -1,6 +1,7 @@
 """The best checkpoint and the validation losses, in the real trainer on a toy detector."""
 
 import json
+import resource
 import socket
 from pathlib import Path
 
@@ -12,19 +13,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from torch import nn
 
+from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.hooks import (
     BestCheckpointer,
+    FaultTolerantWriter,
     build_validation_loader,
     losses_without_trace,
     validation_losses,
 )
-from iou_balanced_d2.engine.loss_state import LossState
 from iou_balanced_d2.engine.trainer import Trainer
 
-from ..toy import toy_batch, toy_config, toy_model
+from ..toy import THIN, toy_batch, toy_config, toy_model
 
 NAME = "hooked"
 
@@ -40,7 +42,8 @@ def cfg(tmp_path, own_data):
 
 def config_of(folder):
     return toy_config(
-        "MODEL.RETINANET.NUM_CLASSES", 2, "DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,),
+        *THIN, "MODEL.RETINANET.NUM_CLASSES", 2,
+        "DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,),
         "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0,
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (5,),
         "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.REFERENCE_WORLD_SIZE", 0,
@@ -216,6 +219,7 @@ def free_port():
 
 
 def worker(rank, port, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     comm.create_local_process_group(2)
     shares = [[toy_batch()], []]  # a process may have nothing to do
@@ -227,10 +231,42 @@ def worker(rank, port, folder):
 
 
 def test_two_processes_give_the_mean_over_all_images(tmp_path):
-    mp.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)
+    mp.start_processes(worker, (free_port(), str(tmp_path)), nprocs=2, start_method="fork")
     first, second = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert second == [{}, {}]
     together = validation_losses(toy_model(), [toy_batch()], 2)["validation"]
     assert first[0]["validation"] == pytest.approx(together, rel=1e-6)
     one_by_one = validation_losses(toy_model(), [[x] for x in toy_batch()], 1)["validation"]
     assert first[1]["validation"] == pytest.approx(one_by_one, rel=1e-6)
+
+
+# TensorBoard writes in a thread of its own, which hands its error on to the next write.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_for_the_scalars_is_a_warning_and_the_training_goes_on(tmp_path, caplog):
+    """A limit on the files' size stands for the full disk; metrics.json goes on when it ends."""
+    file = tmp_path / "metrics.json"
+    writers = [
+        FaultTolerantWriter(w) for w in (JSONWriter(str(file)), TensorboardXWriter(tmp_path))
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EventStorage(0) as storage:
+        for i in range(30):
+            storage.iter = i
+            storage.put_scalars(**{f"scalar{j}": float(i) for j in range(20)})
+            storage.put_histogram("histogram", torch.rand(10))
+            limit = 2000 if 5 <= i < 20 else soft
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                for writer in writers:
+                    writer.write()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert not storage._histograms
+        for writer in writers:
+            writer.close()
+    warnings = [r.getMessage() for r in caplog.records if "can't be written" in r.getMessage()]
+    assert (
+        "JSONWriter's file in OUTPUT_DIR can't be written: [Errno 27] File too large" in warnings[0]
+    )
+    assert len(warnings) <= 2, "one for each writer"
+    assert json.loads(file.read_text().splitlines()[-1])["iteration"] == 29

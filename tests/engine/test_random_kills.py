@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from ..toy import THIN
 from .test_resume import check_equal, load
 
 ROOT = Path(__file__).parents[2]
 PERIOD = 2
 OPTIONS = [
-    "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.STEM_OUT_CHANNELS", 4,
-    "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "warmup", "MODEL.EMA.ENABLED", True,
+    *THIN, "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "warmup", "MODEL.EMA.ENABLED", True,
     "MODEL.EMA.DECAY", 0.9, "INPUT.MIN_SIZE_TRAIN", "(40, 48, 56)",
     "SOLVER.STEPS", "(20,)", "SOLVER.WARMUP_ITERS", 10, "SOLVER.BASE_LR", 0.0005,
     "SOLVER.CHECKPOINT_PERIOD", PERIOD, "TEST.EVAL_PERIOD", 8,
@@ -107,6 +106,10 @@ def names(folder):
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
+def unfinished(folder):
+    return any(folder.glob(".*.unfinished"))
+
+
 def tag(folder):
     """What is resumed from; "" for nothing yet."""
     file = folder / "last_checkpoint"
@@ -126,7 +129,7 @@ def moment_of(kind, folder):
     if kind == "step":
         return lambda: tag(folder) not in ("", before)
     if kind == "writing":
-        return (folder / "unfinished.tmp").exists
+        return lambda: unfinished(folder)
     if kind == "not named":  # the file is there, but last_checkpoint is of the one before
         old = names(folder)
         return lambda: any(n.startswith("model_0") for n in names(folder) - old)
@@ -160,11 +163,12 @@ def kill_often(config, output, kills, rng, who, *options):
         assert training.wait_for(moment), Path(training.log.name).read_text()[-3000:]
         time.sleep(rng.uniform(0, LONGEST_DELAY.get(kind, 0)))
         training.kill(rng.choice(who))
-        partial += (training.folder / "unfinished.tmp").exists()
+        partial += unfinished(training.folder)
         reached.append(check_whole(training.folder))
     print(f"{kills} kills; the iterations resumed from: {reached}; {partial} files unfinished")
     assert reached == sorted(reached), "nothing that was saved is lost"
     Training(config, output, *options).finish()
+    assert not unfinished(training.folder)
 
 
 @pytest.mark.slow

@@ -21,13 +21,13 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import hooks
 from torch import nn
 
-from iou_balanced_d2.engine.ema import WeightsAverage
-from iou_balanced_d2.engine.precision import MixedPrecisionTrainer, autocast
+from iou_balanced_d2.data.resumable_loader import ResumableLoader, SeedState, seed_step
+from iou_balanced_d2.engine.optimizer import WeightsAverage
 from iou_balanced_d2.engine.signals import ONE_SIGNAL, StopSignals
-from iou_balanced_d2.engine.stream import ResumableLoader, SeedState, seed_step
+from iou_balanced_d2.engine.train_step import StepTrainer, autocast
 from iou_balanced_d2.engine.trainer import Trainer
 
-from ..toy import toy_batch, toy_config, toy_model
+from ..toy import THIN, toy_batch, toy_config, toy_model
 
 ROOT = Path(__file__).parents[2]
 NAME = "interrupted"
@@ -56,7 +56,8 @@ def make_data(folder):
 def config_of(folder, output, *words):
     """A training of 12 steps with all that has a state: dropout, flips, sizes, average, w_loc."""
     return toy_config(
-        "MODEL.RETINANET.NUM_CLASSES", 1, "DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,),
+        *THIN, "MODEL.RETINANET.NUM_CLASSES", 1,
+        "DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,),
         "INPUT.MIN_SIZE_TRAIN", (40, 48, 56), "INPUT.MIN_SIZE_TEST", 48, WORKERS, 0,
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.MAX_ITER", 12,
         "SOLVER.STEPS", (8,), "SOLVER.WARMUP_ITERS", 8, "SOLVER.BASE_LR", 0.0002,
@@ -345,7 +346,7 @@ AMP = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16")
 def test_losses_of_bfloat16_are_float32():
     model, seen = toy_model(*AMP), []
     model.head.cls_score.register_forward_hook(lambda *args: seen.append(args[2].dtype))
-    with autocast(toy_config(*AMP)):
+    with autocast(model, torch.bfloat16):
         losses = model(toy_batch())
     assert set(seen) == {torch.bfloat16}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
@@ -363,7 +364,7 @@ def test_precisions_resume_in_each_other(folder):
         cfg = config_of(folder, "out", *words, *no_test, "SOLVER.MAX_ITER", steps, *amp)
         trainer = train(Dropping, cfg, resume=True)
         assert trainer.start_iter == steps - 2
-        assert isinstance(trainer._trainer, MixedPrecisionTrainer) == bool(amp)
+        assert trainer._trainer.precision == (torch.bfloat16 if amp else None)
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -372,7 +373,7 @@ def test_precisions_resume_in_each_other(folder):
 def test_a_scale_is_resumed_where_there_is_one():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    trainer = MixedPrecisionTrainer(toy_config(), model, [], optimizer)
+    trainer = StepTrainer(model, [], optimizer)
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     with_scale = trainer.state_dict()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)

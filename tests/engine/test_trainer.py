@@ -2,7 +2,7 @@
 
 import torch
 
-from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.trainer import Trainer
 
 from ..toy import toy_config, toy_model

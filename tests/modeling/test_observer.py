@@ -27,8 +27,8 @@ def test_the_observer_sees_the_positives_of_the_step():
 
 def test_histograms_of_a_real_step():
     model = toy_model()
-    hook = LossHistograms(1)
-    hook.trainer = type("Fake", (), {"model": model, "iter": 0})
+    hook = LossHistograms(1, model)
+    hook.trainer = type("Fake", (), {"iter": 0})
     hook.before_step()
     with EventStorage(0) as storage:
         model(toy_batch())

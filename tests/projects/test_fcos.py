@@ -15,8 +15,8 @@ from detectron2.utils.events import EventStorage
 from iou_balanced_d2.data.checks import _check_num_classes
 from iou_balanced_d2.data.demo import DemoSpec, ensure_demo_datasets
 from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.checks import check_model
-from iou_balanced_d2.engine.loss_state import LossState
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.projects import import_projects
 from iou_balanced_d2.projects.fcos import FCOS, IoUBalancedFCOS

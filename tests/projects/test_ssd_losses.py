@@ -7,7 +7,7 @@ import torchvision
 from detectron2.utils.events import EventStorage
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
-from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.projects.ssd.losses import hard_negatives
 
 from ..toy import toy_inputs

@@ -21,7 +21,7 @@ from iou_balanced_d2.modeling.export import (
     plain_detector,
 )
 
-from ..modeling.test_test_time_augmentation import detector
+from ..modeling.test_tta import detector
 from ..toy import CONFIG, toy_inputs, toy_model
 
 TOY = [

@@ -19,8 +19,6 @@ from detectron2.data.build import build_batch_data_loader
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .signals import outlive_in_worker
-
 Sample = tuple[int, int]  # its number in this process's part of the stream, its image's index
 Mapper = Callable[[dict[str, Any]], Any]
 _SAMPLER, _AUGMENTATION, _STEP = range(3)
@@ -65,16 +63,21 @@ class _Stream(IterableDataset[Any]):
     """This process's part of the stream, shared by its workers."""
 
     def __init__(
-        self, load: Callable[[Sample], Any], samples: Callable[[], Iterator[Sample]], chunk: int
+        self,
+        load: Callable[[Sample], Any],
+        samples: Callable[[], Iterator[Sample]],
+        chunk: int,
+        init_worker: Callable[[], None] | None,
     ):
         self._load = load
         self._samples = samples
         self._chunk = chunk  # consecutive samples of one worker: what it makes a batch of
+        self._init_worker = init_worker
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker is not None:
-            outlive_in_worker()
+        if worker is not None and self._init_worker is not None:
+            self._init_worker()
         number, id_ = (worker.num_workers, worker.id) if worker is not None else (1, 0)
         for i, sample in enumerate(self._samples()):
             if i // self._chunk % number == id_:
@@ -89,13 +92,21 @@ class ResumableLoader:
         start_iter: the iteration of the first batch; the same holds for it.
     """
 
-    def __init__(self, cfg: CfgNode, dicts: list[dict[str, Any]], mapper: Mapper):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        dicts: list[dict[str, Any]],
+        mapper: Mapper,
+        *,
+        init_worker: Callable[[], None] | None = None,
+    ):
         """Keep what the loader is made of; it is made when the first batch is asked for.
 
         Args:
             cfg: the full config.
             dicts: detectron2's dataset dicts.
             mapper: makes a training example of a dict.
+            init_worker: called in each data worker before it loads anything.
         """
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
@@ -107,6 +118,7 @@ class ResumableLoader:
         self._wide = [d["width"] > d["height"] for d in dicts] if self._grouping else []
         self._dicts = DatasetFromList(dicts, copy=False)
         self._mapper = mapper
+        self._init_worker = init_worker
 
     def __iter__(self) -> Iterator[list[Any]]:
         # detectron2 seeds some samplers by numpy's random state; DataLoader draws from torch's.
@@ -124,6 +136,7 @@ class ResumableLoader:
             self._load,
             partial(_rest, sampler, *self._replay(sampler)),
             chunk=1 if self._grouping else self._batch,
+            init_worker=self._init_worker,
         )
         loader: Iterable[list[Any]] = build_batch_data_loader(
             stream,

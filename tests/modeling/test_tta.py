@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
 from iou_balanced_d2.errors import UserError
-from iou_balanced_d2.modeling.test_time_augmentation import DenseDetectorWithTTA
+from iou_balanced_d2.modeling.tta import DenseDetectorWithTTA
 
 from ..projects.ssd_toy import toy_config as ssd_config
 from ..projects.test_fcos import config as fcos_config
