@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, and read by one process for all."""
+"""Checkpoints: written whole or not at all, and read by the main process for all others."""
 
 import contextlib
 import logging
@@ -233,7 +233,7 @@ class RobustCheckpointer(DetectionCheckpointer):
 
 
 def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> str:
-    """One line on layers that do not fit because the number of classes is another one.
+    """One line on layers that don't fit because the model has another number of classes.
 
     Args:
         model: a dense detector with ``num_classes``; ``num_background_scores`` is how many scores
@@ -241,8 +241,8 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
         mismatches: what fvcore's checkpointer found, ``incorrect_shapes`` of its result.
 
     Returns:
-        names, both numbers of classes and what becomes of the layers; "" if nothing does not fit,
-        or not for this reason alone.
+        names, both numbers of classes and what happens to the layers; "" if all layers fit, or if
+        one doesn't for another reason.
     """
     mismatches = list(mismatches)
     num_classes = getattr(model, "num_classes", None)
@@ -261,7 +261,7 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
 
 
 def _classes_in_checkpoint(mismatch: Mismatch, num_classes: int, background: int) -> int:
-    """The number of classes that a layer's outputs in the checkpoint are for, 0 if for none."""
+    """The number of classes of a layer of the checkpoint, 0 if it is not a layer of classes."""
     _, theirs, ours = mismatch
     if len(theirs) == 0 or len(ours) == 0 or list(theirs[1:]) != list(ours[1:]):
         return 0
@@ -291,6 +291,6 @@ class LossState:
         return {"losses": [loss.training_state() for loss in self.losses]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a plain detector's checkpoint has nothing to load."""
+        """Load a :meth:`state_dict`; that of a plain detector's checkpoint holds nothing."""
         for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
             loss.load_training_state(loss_state)

@@ -31,20 +31,15 @@ Inputs = list[dict[str, Any]]
 _NOISY_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
-class UntaggedCheckpointer(RobustCheckpointer):
-    """A checkpointer whose files are not what ``--resume`` continues from."""
+class _UntaggedCheckpointer(RobustCheckpointer):
+    """Saves what another one saves; ``--resume`` does not go on from these files."""
 
     def __init__(self, checkpointer: Checkpointer):
-        """Save the same things to the same folder.
-
-        Args:
-            checkpointer: the training's; what is added to it later is saved, too.
-        """
         super().__init__(checkpointer.model, checkpointer.save_dir)
         self.checkpointables = checkpointer.checkpointables
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Leave the file ``last_checkpoint`` alone."""
+        pass
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -68,7 +63,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 largest value is best, of a "validation/..." loss the smallest.
         """
         mode = "min" if metric.startswith("validation/") else "max"
-        super().__init__(eval_period, UntaggedCheckpointer(checkpointer), metric, mode)
+        super().__init__(eval_period, _UntaggedCheckpointer(checkpointer), metric, mode)
         self._logger = logger
         self._file = os.path.join(checkpointer.save_dir, "model_best.json")
         self._warned = False
@@ -197,16 +192,8 @@ def losses_without_trace(model: nn.Module) -> Iterator[None]:
             vars(module).update(before)
 
 
-def build_validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
-    """A hook that logs the losses on DATASETS.TEST every TEST.LOSS_PERIOD iterations.
-
-    Args:
-        cfg: the full config.
-        model: the detector in training.
-
-    Returns:
-        the hook, for all processes.
-    """
+def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
+    """Logs the losses on DATASETS.TEST every TEST.LOSS_PERIOD iterations; for all processes."""
     loaders: list[Iterable[Inputs]] = []
 
     def compute() -> dict[str, Any]:
@@ -232,7 +219,7 @@ def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer)
     """
     chosen: list[HookBase] = []
     if cfg.TEST.LOSS_PERIOD > 0:
-        chosen.append(build_validation_hook(cfg, model))
+        chosen.append(_validation_hook(cfg, model))
     metric = cfg.TEST.BEST_METRIC
     if metric and comm.is_main_process():
         on_loss = metric.startswith("validation/")
@@ -242,14 +229,10 @@ def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer)
 
 
 class FaultTolerantWriter(EventWriter):
-    """A writer of scalars that warns once, rather than end the training, on a full disk."""
+    """detectron2's writer of scalars that on a full disk warns once and lets the training go on."""
 
     def __init__(self, writer: EventWriter):
-        """Set whose errors are caught.
-
-        Args:
-            writer: detectron2's.
-        """
+        """Set whose errors are caught."""
         self._writer = writer
         self._warned = False
 
@@ -265,7 +248,7 @@ class FaultTolerantWriter(EventWriter):
         try:
             function()
         except OSError as error:
-            # TensorBoard's writer has not taken them, and they would pile up.
+            # What TensorBoard's writer has not taken would pile up.
             get_event_storage().clear_images()
             get_event_storage().clear_histograms()
             if not self._warned:

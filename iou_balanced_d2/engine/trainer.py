@@ -70,7 +70,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.loader = self.build_train_loader(cfg)
-        model = _wrap_in_ddp(model, cfg.MODEL.DEVICE)
+        # PyTorch announces another name for it.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        gpus = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=gpus)
         self._trainer = StepTrainer(model, self.loader, optimizer, precision=precision_of(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(
@@ -120,10 +123,10 @@ class Trainer(DefaultTrainer):
         return results
 
     def _exit(self, signum: int, *, together: bool) -> NoReturn:
-        """Save what is done, say so, and end this process when that is on the disk."""
+        """Save what is done, and end this process when that is on the disk."""
         self._save_done()
         if together:
-            # The first process to end gets the others ended by what has launched them.
+            # When the first process ends, the launcher ends the others.
             with contextlib.suppress(RuntimeError):  # an error of the main process has its own line
                 comm.synchronize()
         logger.warning(
@@ -138,7 +141,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(f"model_{self._last_done:07d}", iteration=self._last_done)
 
     def _save_if_left_alone(self, error: Exception) -> None:
-        """Where another process has gone during an evaluation, stop as it may have or tell."""
+        """Save where another process has ended during an evaluation, e.g. for a signal."""
         in_evaluation = self._last_done >= min(self.iter, self.max_iter - 1)
         if not (in_evaluation and (reason := lost_connection(error))):
             return
@@ -230,10 +233,7 @@ class Trainer(DefaultTrainer):
         return BoxEvaluator(dataset_name, output_dir, difficult=cfg.DATASETS.VOC_DIFFICULT)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks, and those of TEST.LOSS_PERIOD and TEST.BEST_METRIC.
-
-        Writers stay last, as they write what the other hooks have put into the storage.
-        """
+        """detectron2's hooks and this project's, before the writers of what all of them log."""
         built = super().build_hooks()
         writers = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
         ordered = [
@@ -285,16 +285,6 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """detectron2's optimizer, and CLIP_TYPE "full_model"."""
         return build_optimizer(cfg, model)
-
-
-def _wrap_in_ddp(model: nn.Module, device: str) -> nn.Module:
-    """Have several processes average their gradients, on the CPU as well."""
-    device_ids = [torch.cuda.current_device()] if device.startswith("cuda") else None
-    with warnings.catch_warnings():
-        # PyTorch announces another name for it.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-    return wrapped
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:
