@@ -123,11 +123,10 @@ def test_a_failed_conversion_leaves_no_cache(toy):
 
 
 def test_an_interrupted_write_leaves_no_cache(toy, monkeypatch):
-    def interrupt(content, f):
-        f.write('{"images": [')
+    def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion.json, "dump", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cached_json("toy", toy)
     assert caches(toy.folder) == []

@@ -23,6 +23,7 @@ from iou_balanced_d2.engine.train_step import StepTrainer, share
 from iou_balanced_d2.errors import UserError
 
 from ..command import ROOT
+from ..toy import THIN
 
 MUCH = 10**15  # bytes
 
@@ -67,10 +68,10 @@ def test_a_training_out_of_memory_is_one_line(own_config):
         "import resource, sys, train_net\n"
         "from pathlib import Path\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10**9,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 10**9,) * 2)\n"
         "sys.exit(train_net.run())"
     )
-    size = ["INPUT.MIN_SIZE_TRAIN", "(6000,)", "INPUT.MAX_SIZE_TRAIN", "6000"]
+    size = ["INPUT.MIN_SIZE_TRAIN", "(3000,)", "INPUT.MAX_SIZE_TRAIN", "3000"]
     code, out, err = run_code(code, own_config, *size)
     assert code == 2, err
     assert "Traceback" not in out + err
@@ -182,7 +183,7 @@ def test_a_full_disk_for_the_logs_is_a_warning_and_the_training_ends_well(own_co
     folder = own_config.parent / "out"
     folder.mkdir()
     (folder / "metrics.json").symlink_to("/dev/full")
-    code, out, err = run_code(FULL, own_config)
+    code, out, err = run_code(FULL, own_config, *map(str, THIN))
     assert code == 0, err
     assert out.count("JSONWriter's file in OUTPUT_DIR can't be written: [Errno 28] No space") == 1
     assert "Logging error" not in err
