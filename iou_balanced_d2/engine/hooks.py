@@ -16,6 +16,7 @@ from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.logger import log_first_n
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
@@ -66,7 +67,6 @@ class BestCheckpointer(hooks.BestCheckpointer):
         super().__init__(eval_period, _UntaggedCheckpointer(checkpointer), metric, mode)
         self._logger = logger
         self._file = os.path.join(checkpointer.save_dir, "model_best.json")
-        self._warned = False
 
     def before_train(self) -> None:
         """Take up the best value of the training that is resumed."""
@@ -93,19 +93,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
         return True
 
     def _warn_unknown(self, names: list[str]) -> None:
-        if self._warned:
-            return
-        self._warned = True
         metrics = [
             name for name in names if "/AP" in name or "/AR" in name or "validation/" in name
         ]
         close = difflib.get_close_matches(self._val_metric, metrics, n=1, cutoff=0.3)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        logger.error(
+        message = (
             f"TEST.BEST_METRIC {self._val_metric!r} is not a result of the evaluation, so no "
             f"model_best.pth is kept{hint} There are: "
             + ", ".join(metric for metric in metrics if "-" not in metric)
         )
+        log_first_n(logging.ERROR, message, name=__name__)
 
 
 def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
@@ -234,7 +232,6 @@ class FaultTolerantWriter(EventWriter):
     def __init__(self, writer: EventWriter):
         """Set whose errors are caught."""
         self._writer = writer
-        self._warned = False
 
     def write(self) -> None:
         """Write the newest scalars; those that could not be written are missing in the file."""
@@ -251,10 +248,8 @@ class FaultTolerantWriter(EventWriter):
             # What TensorBoard's writer has not taken would pile up.
             get_event_storage().clear_images()
             get_event_storage().clear_histograms()
-            if not self._warned:
-                self._warned = True
-                name = type(self._writer).__name__
-                logger.warning(
-                    f"{name}'s file in OUTPUT_DIR can't be written: {error}; the training goes "
-                    "on, what could not be written is missing there"
-                )
+            message = (
+                f"{type(self._writer).__name__}'s file in OUTPUT_DIR can't be written: {error}; "
+                "the training goes on, what could not be written is missing there"
+            )
+            log_first_n(logging.WARNING, message, name=__name__, key="message")
