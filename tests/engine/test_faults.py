@@ -68,10 +68,10 @@ def test_a_training_out_of_memory_is_one_line(own_config):
         "import resource, sys, train_net\n"
         "from pathlib import Path\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 10**9,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10**9,) * 2)\n"
         "sys.exit(train_net.run())"
     )
-    size = ["INPUT.MIN_SIZE_TRAIN", "(3000,)", "INPUT.MAX_SIZE_TRAIN", "3000"]
+    size = ["INPUT.MIN_SIZE_TRAIN", "(6000,)", "INPUT.MAX_SIZE_TRAIN", "6000"]
     code, out, err = run_code(code, own_config, *size)
     assert code == 2, err
     assert "Traceback" not in out + err
