@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Packages go into the environment, whatever a configuration of pip says.
+export PIP_USER := 0
 
 BIN    := $(VENV)/bin
 # An environment that exists keeps its Python unless PYTHON names another.
@@ -25,8 +27,7 @@ help:
 	@echo "make clean      remove what was built; 'make distclean' removes $(VENV) too"
 
 setup:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 7) or sys.exit("setup: error: Python %d.%d is too old, this needs 3.10 to 3.13. Name another: PYTHON=python3.12 make setup" % sys.version_info[:2])'
-	@$(PYTHON) tools/setup_env.py --venv "$(VENV)" $(CHOSEN)
+	@$(PYTHON) tools/setup_env.py "$(VENV)" constraints.txt $(CHOSEN)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -13,34 +13,9 @@ from iou_balanced_d2.model_zoo import get_config_file
 from iou_balanced_d2.projects import add_project_configs
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
+METHODS = [path for path in CONFIGS if path.stem.endswith("_iou_balanced")]
 ABLATION = "COCO-Detection/retinanet_R_50_FPN_1x_600"
-# Every baseline that has a config for each of the losses, by its name in the model zoo.
-BASELINES = [
-    "COCO-Detection/retinanet_R_50_FPN_1x",
-    ABLATION,
-    "COCO-Detection/retinanet_R_101_FPN_1x",
-    "COCO-Detection/retinanet_R_101_FPN_3x",
-    "PascalVOC-Detection/retinanet_R_50_FPN",
-    "PascalVOC-Detection/retinanet_R_101_FPN",
-    "Cityscapes-Detection/retinanet_R_50_FPN",
-    "Cityscapes-Detection/retinanet_R_101_FPN",
-    "FCOS/COCO-Detection/fcos_R_50_FPN_1x",
-    "SSD/COCO-Detection/ssd300_VGG16",
-    "SSD/COCO-Detection/ssd512_VGG16",
-    "SSD/PascalVOC-Detection/ssd300_VGG16",
-    "SSD/PascalVOC-Detection/ssd512_VGG16",
-    "SSD/Own/ssd300_R_50",
-]
-# Those that have one for both losses only.
-PAIRS = [
-    "Demo/retinanet_demo",
-    "FCOS/Demo/fcos_demo",
-    "Fine-Tuning/retinanet_R_50_FPN",
-    "Fine-Tuning/retinanet_R_101_FPN",
-]
-BOTH = {"_iou_balanced": (1.5, 1.5)}
-POWERS = {**BOTH, "_iou_balanced_cls": (1.5, 0.0), "_iou_balanced_loc": (0.0, 1.5)}
-VARIANTS = [(name, POWERS) for name in BASELINES] + [(name, BOTH) for name in PAIRS]
 # Detector -> CLS_NORM_SCOPE and NORMALIZER, which are the same with the plain losses and ours.
 SCOPES = {
     "IoUBalancedRetinaNet": ("batch", "ema"),
@@ -49,34 +24,44 @@ SCOPES = {
 }
 
 
-def config_files():
-    for pattern in ("configs/**/*.yaml", "projects/*/configs/**/*.yaml"):
-        yield from sorted(ROOT.glob(pattern))
-
-
-@pytest.mark.parametrize("path", list(config_files()), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_with_a_safe_loader(path):
     yaml.safe_load(path.read_text())
     assert load_config(str(path)).MODEL.META_ARCHITECTURE in SCOPES
 
 
-@pytest.mark.parametrize(("baseline", "powers"), VARIANTS, ids=[name for name, _ in VARIANTS])
-def test_variants_differ_from_the_baseline_in_the_losses_keys_alone(baseline, powers):
-    plain = load_config(get_config_file(f"{baseline}.yaml"))
-    for suffix, expected in {"": (0.0, 0.0), **powers}.items():
-        cfg = load_config(get_config_file(f"{baseline}{suffix}.yaml"))
-        keys = cfg.MODEL.IOU_BALANCED
-        assert (keys.CLS_ETA, keys.LOC_LAMBDA, keys.LOC_WEIGHT) == (*expected, 0.0)
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_method_differs_from_its_baseline_in_the_powers_alone(path):
+    cfg = load_config(str(path))
+    plain = load_config(str(path).replace("_iou_balanced", ""))
+    for each, power in ((cfg, 1.5), (plain, 0.0)):
+        keys = each.MODEL.IOU_BALANCED
+        assert (keys.CLS_ETA, keys.LOC_LAMBDA, keys.LOC_WEIGHT) == (power, power, 0.0)
         scopes = (keys.CLS_NORM_SCOPE, keys.NORMALIZER)
-        assert scopes == SCOPES[cfg.MODEL.META_ARCHITECTURE]
+        assert scopes == SCOPES[each.MODEL.META_ARCHITECTURE]
         keys.CLS_ETA = keys.LOC_LAMBDA = 0.0
-        cfg.OUTPUT_DIR = plain.OUTPUT_DIR
-        assert cfg == plain
+    cfg.OUTPUT_DIR = plain.OUTPUT_DIR
+    assert cfg == plain
 
 
-def test_every_config_of_the_losses_is_compared_with_its_baseline():
-    compared = {get_config_file(f"{name}{s}.yaml") for name, powers in VARIANTS for s in powers}
-    assert compared == {str(path) for path in config_files() if "_iou_balanced" in path.stem}
+def test_every_config_but_the_bases_and_the_protocols_has_its_pair():
+    baselines = {path.with_stem(path.stem.removesuffix("_iou_balanced")) for path in METHODS}
+    others = {path.stem for path in CONFIGS if path not in {*METHODS, *baselines}}
+    assert others == {"Base-RetinaNet", "Base-FCOS", "Base-SSD300", "Base-SSD512",
+                      "retinanet_R_50_FPN_cpu", "retinanet_R_50_FPN_gpu"}  # fmt: skip
+
+
+def test_resnext_has_the_inputs_and_layers_of_detectron2s_weights():
+    cfg = load_config(get_config_file("COCO-Detection/retinanet_X_101_32x8d_FPN_1x.yaml"))
+    zoo = get_cfg()
+    zoo.merge_from_file(
+        detectron2_zoo.get_config_file("COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml")
+    )
+    assert cfg.MODEL.WEIGHTS == zoo.MODEL.WEIGHTS
+    assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == (
+        zoo.MODEL.PIXEL_MEAN, zoo.MODEL.PIXEL_STD)  # fmt: skip
+    zoo.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
+    assert cfg.MODEL.RESNETS == zoo.MODEL.RESNETS
 
 
 @pytest.mark.parametrize("name", ["R_50_FPN_1x", "R_101_FPN_3x"])

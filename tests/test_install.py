@@ -1,305 +1,175 @@
-"""tools/setup_env.py: what it does with which facts. Nothing is installed here."""
+"""tools/setup_env.py: which commands it runs where. None of them installs anything here."""
 
-from __future__ import annotations
-
-import dataclasses
-import os
+import ast
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import setup_env
-from setup_env import Facts, Interpreter, SetupError, Step
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-BARE = Interpreter("/usr/bin/python3", (3, 11))
-OWN_BUILD = Interpreter(
-    "/usr/bin/python3",
-    (3, 11),
-    packages={"torch": "2.1.0+cu118", "torchvision": "0.16.0", "numpy": "1.26.4", "yacs": "0.1.8"},
-    detectron2="/src/detectron2/detectron2/__init__.py",
-    has_cv2=True,
-)
-SET_UP = Interpreter(
-    str(VENV / "bin" / "python"),
-    (3, 11),
-    packages={"torch": "2.15.0", "sal-detectron2": "0.7.2"},
-    detectron2=str(VENV / "lib/python3.11/site-packages/detectron2/__init__.py"),
-    has_cv2=True,
-)
-BUILT_INSIDE = dataclasses.replace(
-    OWN_BUILD, executable=SET_UP.executable, detectron2=SET_UP.detectron2
-)
+CONSTRAINTS = ROOT / "constraints.txt"
+REQUIRED = ["torch>=2.0.0", "numpy>=1.22", "tqdm>=4.60", "opencv-python>=4.5"]
+REQUIRED += ['pytest>=9; extra == "dev"', 'yacs>=0.1.8; extra == "detectron2"']
 
 
-def facts(**changes: object) -> Facts:
-    """Return the facts of a fresh clone, but for `changes`."""
-    fresh = Facts(
-        root=ROOT,
-        venv_dir=VENV,
-        base=BARE,
-        venv=None,
-        key="now",
-        requirements=setup_env.read_requirements(ROOT),
-    )
-    return dataclasses.replace(fresh, **changes)  # type: ignore[arg-type]
+def add_package(packages, name, version="1.0", requires=()):
+    """A package that imports, with its metadata."""
+    (packages / name).mkdir()
+    (packages / name / "__init__.py").write_text("")
+    info = packages / f"{name}-{version}.dist-info"
+    info.mkdir()
+    lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires)]
+    (info / "METADATA").write_text("\n".join(lines))
 
 
-def commands(steps: list[Step]) -> list[str]:
-    return [" ".join(step.command) for step in steps]
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """Makes an environment with some packages, and pip."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def make(name, *packages):
+        folder = tmp_path / name
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        (site_packages,) = folder.glob(setup_env.PACKAGES)
+        (pip,) = Path(sys.prefix).glob(f"{setup_env.PACKAGES}/pip")
+        (site_packages / "pip").symlink_to(pip)
+        add_package(site_packages, "iou_balanced_d2", requires=REQUIRED)
+        for package in packages:
+            add_package(site_packages, *package.split("=="))
+        return folder
+
+    return make
 
 
-def installed(steps: list[Step]) -> set[str]:
-    """Return the names of what the steps name on a command line, not in a file."""
-    words = {w for s in steps if "pip" in s.command for w in s.command[3:] if w[0] not in "-/"}
-    return {setup_env.requirement_name(w) for w in words}
+@pytest.fixture
+def set_up(monkeypatch, environment):
+    """Runs set_up by this Python, or that of an environment; returns what it would run."""
+
+    def run(folder, constraints=CONSTRAINTS, use_this_python=False, base=None):
+        commands = []
+
+        def record(*command):
+            commands.append(" ".join(map(str, command)))
+            if "venv" in command:
+                subprocess.run(list(map(str, command)), check=True)
+                (packages,) = folder.glob(setup_env.PACKAGES)
+                add_package(packages, "iou_balanced_d2", requires=REQUIRED)
+
+        base = base or environment("base")
+        code = "import json, sys; print(json.dumps(sys.path[1:]))"
+        path = subprocess.run([base / "bin/python", "-c", code], capture_output=True).stdout
+        monkeypatch.setattr(sys, "path", ast.literal_eval(path.decode()))
+        monkeypatch.setattr(sys, "executable", str(base / "bin/python"))
+        monkeypatch.setattr(setup_env, "run", record)
+        try:
+            setup_env.set_up(folder, constraints, use_this_python)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.delenv("PYTHONPATH", raising=False)
+        return commands
+
+    return run
 
 
-def test_fresh_clone_installs_the_tested_versions() -> None:
-    steps = setup_env.plan(facts())
-    made, tools, packages, package, detectron2, check = commands(steps)
-    assert made == f"/usr/bin/python3 -m venv --clear {VENV}"
-    assert tools.endswith(f"-c {ROOT / 'constraints.txt'} pip setuptools")
-    assert f"-c {ROOT / 'constraints.txt'}" in packages
-    assert package.endswith(f"--no-deps --editable {ROOT}")
-    assert "--require-hashes" in detectron2
+def test_clean_machine_gets_the_tested_versions(set_up, tmp_path):
+    folder = tmp_path / ".venv"
+    made, pip, tools, package, packages, detectron2, check = set_up(folder)
+    assert made.endswith(f"-m venv --without-pip {folder}")
+    assert re.search(r"base/bin/python -m pip install -q --target .*/site-packages pip$", pip)
+    assert tools.endswith(f"-c {CONSTRAINTS} pip setuptools")
+    assert package.endswith(f"--no-deps -e {ROOT}")
+    assert re.search(f"-c {CONSTRAINTS} numpy>=1.22 opencv-python(-headless)?>=4.5 pytest>=9 "
+                     "torch>=2.0.0 tqdm>=4.60 yacs>=0.1.8$", packages)  # fmt: skip
     assert "--no-deps" in detectron2
-    assert str(VENV / "lib/python3.11/site-packages") in detectron2
-    assert check.startswith(f"{VENV / 'bin' / 'python'} -c")
+    assert "--require-hashes" in detectron2
+    assert detectron2.endswith("requirements/detectron2.txt")
+    assert check.startswith(f"{folder}/bin/python -c import cv2")
 
 
-def test_nothing_is_done_while_the_stamp_is_valid() -> None:
-    assert setup_env.plan(facts(venv=SET_UP, stamp="now")) == []
+def test_nothing_is_done_while_the_stamp_is_valid(set_up, environment, tmp_path):
+    folder = environment(".venv", "sal_detectron2==0.7.2")
+    assert set_up(folder)
+    assert set_up(folder, base=tmp_path / "base") == []
+    assert set_up(folder, use_this_python=True, base=tmp_path / "base") == []
+    other = tmp_path / "other.txt"
+    other.write_text("torch==2.0.0")
+    commands = set_up(folder, other, base=tmp_path / "base")
+    assert not any("-m venv" in command for command in commands)
+    assert sum(f"-c {other}" in command for command in commands) == 2
 
 
-def test_a_stamp_without_an_environment_is_not_valid() -> None:
-    assert len(setup_env.plan(facts(stamp="now"))) == 6
+def test_setup_that_fails_is_not_stamped(environment, monkeypatch):
+    folder = environment(".venv", "sal_detectron2==0.7.2")
+
+    def fail(*command):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(setup_env, "run", fail)
+    for _ in range(2):
+        with pytest.raises(subprocess.CalledProcessError):
+            setup_env.set_up(folder, CONSTRAINTS, False)
 
 
-def test_stale_stamp_updates_in_place_and_keeps_detectron2() -> None:
-    lines = commands(setup_env.plan(facts(venv=SET_UP, stamp="before")))
-    assert not any("-m venv" in line or "detectron2.txt" in line for line in lines)
-    assert any(f"-c {ROOT / 'constraints.txt'} -r" in line for line in lines)
+@pytest.mark.parametrize("where", ["environment", "base"])
+def test_a_detectron2_that_imports_is_kept_with_all_packages(where, set_up, environment, tmp_path):
+    found = "torch==2.1.0+cu118", "torchvision==0.16", "detectron2==0.6", "numpy==1.26", "cv2==4"
+    if where == "environment":
+        folder, base = environment(".venv", *found, "pytest==8.0"), None
+    else:
+        folder, base = tmp_path / ".venv", environment("base", *found, "pytest==8.0")
+    commands = set_up(folder, base=base)
+    assert any("-m venv" in command for command in commands) is (where == "base")
+    assert not any("detectron2.txt" in command for command in commands)
+    (packages,) = (command for command in commands if "found.txt" in command)
+    # Names alone, so that pytest 8.0 will do; OpenCV imports, whatever its distribution's name.
+    assert packages.endswith(f"-c {folder}/found.txt numpy pytest tqdm yacs")
+    held = (folder / "found.txt").read_text().splitlines()
+    assert {"torch==2.1.0+cu118", "numpy==1.26", "pytest==8.0"} <= set(held)
 
 
-def test_cut_off_setup_starts_from_an_empty_environment() -> None:
-    lines = commands(setup_env.plan(facts(venv=SET_UP, damaged=True)))
-    assert lines[0].endswith(f"-m venv --clear {VENV}")
-    assert any("detectron2.txt" in line for line in lines)
+def test_a_detectron2_that_does_not_import_is_not_replaced(set_up, environment):
+    folder = environment(".venv", "detectron2==0.6")  # without torch
+    with pytest.raises(SystemExit, match=r"your detectron2 in .* can't be imported"):
+        set_up(folder)
+    assert not (folder / ".setup-stamp").exists()
 
 
-def test_environment_keeps_its_python_unless_one_is_named() -> None:
-    other = dataclasses.replace(BARE, version=(3, 12))
-    lines = commands(setup_env.plan(facts(venv=SET_UP, base=other)))
-    assert not any("-m venv" in line for line in lines)
-    lines = commands(setup_env.plan(facts(venv=SET_UP, base=other, base_chosen=True)))
-    assert "-m venv" in lines[0]
-    assert any("python3.12/site-packages" in line for line in lines)
+def test_another_python_makes_the_environment_anew_only_if_it_is_named(set_up, environment):
+    folder = environment(".venv", "sal_detectron2==0.7.2")
+    (folder / "lib" / "python{}.{}".format(*sys.version_info)).rename(folder / "lib/python3.9")
+    add = set_up(folder)
+    assert not any("-m venv" in command for command in add)
+    anew = set_up(folder, use_this_python=True, base=folder.parent / "base")
+    assert f"-m venv --without-pip --clear {folder}" in anew[0]
 
 
-@pytest.mark.parametrize("base", [OWN_BUILD, dataclasses.replace(OWN_BUILD, has_cv2=False)])
-def test_detectron2_of_the_base_is_used_as_found(base: Interpreter) -> None:
-    steps = setup_env.plan(facts(base=base))
-    lines = commands(steps)
-    assert "--system-site-packages" in lines[0]
-    assert not installed(steps) & {"torch", "torchvision", "detectron2", "numpy", "yacs"}
-    assert not any("detectron2.txt" in line or " -r " in line for line in lines)
-    assert {"fvcore", "pytest", "ruff"} <= installed(steps)
-    assert ("opencv-python" in installed(steps)) is not base.has_cv2
-    # The tested versions are for pip and setuptools only; the rest has to fit what was found.
-    assert [("constraints.txt" in line) for line in lines].count(True) == 1
-    (held,) = (text for step in steps for text in step.files.values())
-    assert {"torch==2.1.0+cu118", "numpy==1.26.4"} <= set(held.splitlines())
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 9, 18), (3, 14, 0)])
+def test_an_untested_python_is_refused_in_one_line(version, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(SystemExit, match=r"3\.10 to 3\.13.*PYTHON=python3\.12 make setup$"):
+        setup_env.set_up(tmp_path / ".venv", CONSTRAINTS, True)
+    # The Python itself must be able to read the script that refuses it.
+    ast.parse(Path(setup_env.__file__).read_text(), feature_version=(3, 6))
 
 
-def test_packages_of_an_active_environment_are_shared() -> None:
-    base = dataclasses.replace(OWN_BUILD, site_dirs=("/home/me/env/lib/python3.11/site-packages",))
-    steps = setup_env.plan(facts(base=base))
-    (file,) = (f for s in steps for f in s.files if f.suffix == ".pth")
-    assert file.parent == VENV / "lib/python3.11/site-packages"
-    text = next(s.files[file] for s in steps if file in s.files)
-    assert text == f"import site; site.addsitedir('{base.site_dirs[0]}')\n"
-
-
-def test_detectron2_built_inside_the_environment_is_never_replaced() -> None:
-    steps = setup_env.plan(facts(venv=BUILT_INSIDE, stamp="before"))
-    assert not any("-m venv" in line or "detectron2.txt" in line for line in commands(steps))
-    assert not installed(steps) & {"torch", "torchvision", "numpy"}
-    with pytest.raises(SetupError, match="detectron2 of your own"):
-        setup_env.plan(facts(venv=BUILT_INSIDE, damaged=True))
-    broken = dataclasses.replace(BUILT_INSIDE, error="ImportError: no torch")
-    with pytest.raises(SetupError, match="does not import"):
-        setup_env.plan(facts(venv=broken))
-
-
-def test_base_detectron2_that_does_not_import_is_left_alone() -> None:
-    base = dataclasses.replace(OWN_BUILD, error="ImportError: undefined symbol")
-    lines = commands(setup_env.plan(facts(base=base)))
-    assert "--system-site-packages" not in lines[0]
-    assert any("detectron2.txt" in line for line in lines)
-
-
-def test_reupload_in_the_base_is_used_as_found() -> None:
-    base = dataclasses.replace(
-        OWN_BUILD, packages={**OWN_BUILD.packages, "sal-detectron2": "0.7.2"}
-    )
-    for venv in (None, dataclasses.replace(base, executable=SET_UP.executable)):
-        steps = setup_env.plan(facts(base=base, venv=venv))
-        assert not installed(steps) & {"torch", "torchvision", "numpy"}
-        assert not any("detectron2.txt" in line for line in commands(steps))
-
-
-@pytest.mark.parametrize(("version", "word"), [((3, 9), "old"), ((3, 14), "new")])
-def test_untested_python_is_refused_in_one_line(version: tuple[int, int], word: str) -> None:
-    with pytest.raises(SetupError, match=f"too {word}, this needs 3.10 to 3.13") as caught:
-        setup_env.plan(facts(base=dataclasses.replace(BARE, version=version)))
-    assert "PYTHON=python3.12 make setup" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_python_without_ensurepip() -> None:
-    no_ensurepip = dataclasses.replace(BARE, has_ensurepip=False)
-    made, tools, *_ = commands(setup_env.plan(facts(base=no_ensurepip)))
-    assert "--without-pip" in made
-    target = VENV / "lib/python3.11/site-packages"
-    assert tools.startswith(f"/usr/bin/python3 -m pip install --target {target}")
-    with pytest.raises(SetupError, match="apt install python3-venv"):
-        setup_env.plan(facts(base=dataclasses.replace(no_ensurepip, has_pip=False)))
-
-
-@pytest.mark.parametrize(("libs", "name"), [(True, "python"), (False, "python-headless")])
-def test_opencv_fits_the_system(libs: bool, name: str) -> None:
-    lines = commands(setup_env.plan(facts(has_display_libs=libs)))
-    assert [line for line in lines if line.endswith(f" opencv-{name}")]
-
-
-def test_constraints_pin_every_line_and_every_requirement() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    lines = [line for line in lines if not line.startswith("#")]
+def test_constraints_pin_every_line_and_every_requirement():
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if line[0] != "#"]
     pattern = r'([a-z0-9.-]+)==([0-9][0-9a-z.]*)( ; python_version (<|>=) "3\.11")?'
     found = [re.fullmatch(pattern, line) for line in lines]
     assert [line for line, match in zip(lines, found, strict=True) if match is None] == []
-    names = {match[1] for match in found if match}
-    wanted = set(map(setup_env.requirement_name, setup_env.read_requirements(ROOT)))
+    names = {match[1] for match in found}
+    required = metadata.requires("iou_balanced_d2")
+    wanted = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in required}
     assert wanted | {"pip", "opencv-python", "opencv-python-headless"} <= names
     for old in ("", ' ; python_version < "3.11"'):
         assert any(line.startswith("numpy==") and line.endswith(old) for line in lines)
 
 
-def test_detectron2_is_pinned_by_its_hash() -> None:
+def test_detectron2_is_pinned_by_its_hash():
     text = (ROOT / "requirements" / "detectron2.txt").read_text()
     sha256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
     assert re.search(rf"^sal-detectron2==0\.7\.2 \\\n +--hash=sha256:{sha256}$", text, re.M)
-
-
-def test_key_follows_files_python_folder_and_projects(tmp_path: Path) -> None:
-    for name in ("constraints.txt", "setup.py"):
-        (tmp_path / name).write_text("")
-    key = setup_env.setup_key(tmp_path, tmp_path / ".venv", (3, 11))
-    assert key == setup_env.setup_key(tmp_path, tmp_path / ".venv", (3, 11))
-    assert key != setup_env.setup_key(tmp_path, tmp_path / ".venv", (3, 12))
-    assert key != setup_env.setup_key(tmp_path, tmp_path / "moved", (3, 11))
-    (tmp_path / "projects/FCOS/fcos").mkdir(parents=True)
-    (tmp_path / "projects/FCOS/fcos/__init__.py").write_text("")
-    with_project = setup_env.setup_key(tmp_path, tmp_path / ".venv", (3, 11))
-    (tmp_path / "constraints.txt").write_text("yacs==0.1.8")
-    assert len({key, with_project, setup_env.setup_key(tmp_path, tmp_path / ".venv", (3, 11))}) == 3
-
-
-def test_stamp_is_written_only_after_the_last_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = Step("good", (sys.executable, "-c", "print('fine')"))
-    bad = Step("bad", (sys.executable, "-c", "raise SystemExit('No space left on device')"))
-    stamp, running = tmp_path / setup_env.STAMP, tmp_path / setup_env.RUNNING
-    here = facts(venv_dir=tmp_path)
-    setup_env.run_steps(here, [good])
-    assert (stamp.read_text(), running.exists()) == ("now", False)
-    with pytest.raises(SetupError, match="bad: the disk is full"):
-        setup_env.run_steps(here, [good, bad])
-    assert not stamp.exists()
-    assert not running.exists()
-    assert "1/2 good" in capsys.readouterr().out
-    stop = Step("stop", (sys.executable, "-c", ""), {tmp_path / "no" / "folder": ""})
-    with pytest.raises(FileNotFoundError):
-        setup_env.run_steps(here, [stop])
-    assert running.exists()
-
-
-def make_fake_environment(folder: Path) -> str:
-    """Return the Python of a virtual environment with a detectron2 of a person's own."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    packages = setup_env.site_packages(facts(venv_dir=folder), sys.version_info[:2])
-    for name in ("torch", "torchvision", "detectron2"):
-        (packages / name).mkdir()
-        (packages / name / "__init__.py").write_text("")
-        (packages / f"{name}-1.0.dist-info").mkdir()
-        (packages / f"{name}-1.0.dist-info" / "METADATA").write_text(
-            f"Name: {name}\nVersion: 1.0\n"
-        )
-    return str(folder / "bin" / "python")
-
-
-def test_asking_a_python_with_a_fake_detectron2(tmp_path: Path) -> None:
-    python = make_fake_environment(tmp_path / "env")
-    answer = setup_env.ask(python)
-    assert answer is not None
-    assert answer.has_detectron2
-    assert answer.packages == {"torch": "1.0", "torchvision": "1.0", "detectron2": "1.0"}
-    assert (answer.has_cv2, answer.has_pip, answer.has_ensurepip) == (False, False, True)
-    assert len(answer.site_dirs) == 1
-    broken = Path(answer.detectron2)
-    broken.write_text("raise ImportError('undefined symbol')")
-    answer = setup_env.ask(python)
-    assert answer is not None
-    assert not answer.has_detectron2
-    assert "undefined symbol" in answer.error
-    assert setup_env.ask("/no/such/python") is None
-
-
-def test_fresh_clone_with_a_fake_detectron2_in_the_python(tmp_path: Path) -> None:
-    python = make_fake_environment(tmp_path / "env")
-    for path in ("tools/setup_env.py", "constraints.txt", "setup.py"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
-    (tmp_path / "requirements").symlink_to(ROOT / "requirements")
-    done = subprocess.run(
-        [python, "tools/setup_env.py", "--dry-run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
-    assert "--system-site-packages" in done.stdout
-    assert "constraints.txt -r" not in done.stdout
-    assert "torch>" not in done.stdout
-    assert not (tmp_path / ".venv").exists()
-
-
-def test_folder_that_is_no_environment_is_not_cleared(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(SetupError, match="is no virtual environment"):
-        setup_env.gather_facts(ROOT, tmp_path, base_chosen=False)
-
-
-def test_moved_environment_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_env, "ask", lambda python: BARE)
-    make_fake_environment(tmp_path / "a")
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert setup_env.gather_facts(ROOT, tmp_path / "b", base_chosen=False).damaged
-
-
-def test_other_constraints_take_the_place_of_the_tested_versions(tmp_path: Path) -> None:
-    oldest = tmp_path / "oldest.txt"
-    oldest.write_text("torch==2.0.0")
-    steps = commands(setup_env.plan(facts(constraints_file=oldest)))
-    assert sum(f"-c {oldest}" in line for line in steps) == 2
-    assert not [line for line in steps if "constraints.txt" in line]
-    keys = {setup_env.setup_key(ROOT, VENV, (3, 10), file) for file in (None, oldest)}
-    oldest.write_text("torch==2.1.0")
-    keys.add(setup_env.setup_key(ROOT, VENV, (3, 10), oldest))
-    assert len(keys) == 3
