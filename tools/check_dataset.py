@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from iou_balanced_d2.data import check_datasets
-from iou_balanced_d2.data.coco import read_coco_json
+from iou_balanced_d2.data.coco_format import read_coco_json
 from iou_balanced_d2.data.inspection import (
     PROBLEMS,
     Report,

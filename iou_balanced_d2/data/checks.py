@@ -10,20 +10,20 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
-from .coco import (
-    check_folder,
-    check_image_folder,
-    class_names,
-    read_coco_json,
-    register_datasets_of,
-)
+from .coco import check_folder, register_datasets_of
+from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import is_converted, prepare_dataset
 from .demo import ensure_demo_datasets
-from .inspection import PROBLEMS, anchor_recall, inspect_annotations, inspect_images
+from .inspection import (
+    FATAL,
+    PROBLEMS,
+    anchor_recall,
+    inspect_annotations,
+    inspect_images,
+    missing_images,
+)
 from .voc import check_difficult_policy
 
-# Problems that no training can work around; the others leave out a box, or nothing.
-_FATAL = ("unknown category", "duplicate id")
 _MOST_NAMED = 5
 # A detector whose anchors miss more than this share of the boxes can't learn to place them.
 _LOW_RECALL = 0.7
@@ -49,7 +49,6 @@ def check_datasets(
     """
     register_datasets_of(cfg)
     check_difficult_policy(cfg.DATASETS.VOC_DIFFICULT)
-    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if training else [*cfg.DATASETS.TEST]
     key = "DATASETS.TRAIN" if training else "DATASETS.TEST"
     if not getattr(cfg.DATASETS, key.split(".")[1]):
@@ -61,7 +60,7 @@ def check_datasets(
         if name.startswith("iou_balanced_demo_"):
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
         # detectron2's data sets and the drawn one are trusted.
-        trusted = name not in own and not is_converted(name)
+        trusted = not is_converted(name)
         try:
             if trusted and not read_images:
                 classes = _check_known(name)
@@ -118,27 +117,38 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
     check_folder(metadata.image_root)
     if not inspect:
         return class_names(content)
-    problems = inspect_annotations(content).problems
-    fatal = {kind: problems.pop(kind) for kind in _FATAL if kind in problems}
-    for kind, places in problems.items():
-        logger.warning(f"data set {name!r}: {_named({kind: places})} ({PROBLEMS[kind]})")
+    report = inspect_annotations(content)
+    for kind, (number, place) in report.repairs.items():
+        logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
     if read_images:
-        fatal.update(inspect_images(content, metadata.image_root).problems)
-    if fatal:
-        raise UserError(f"{metadata.json_file}: {_named(fatal)}")
-    check_image_folder(metadata.image_root, content, metadata.json_file)
+        report.problems.update(inspect_images(content, metadata.image_root).problems)
+    elif missing := missing_images(content, metadata.image_root):
+        report.problems["missing image"] = missing
+    for kind, places in report.problems.items():
+        if kind not in FATAL:
+            logger.warning(f"data set {name!r}: {_named({kind: places})}")
+    if fatal := {kind: places for kind, places in report.problems.items() if kind in FATAL}:
+        raise UserError(f"{_path(name)}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
     return class_names(content)
 
 
+def _path(name: str) -> str:
+    """What the user knows the annotations of a data set by."""
+    return str(
+        DatasetCatalog[name].source.path
+        if is_converted(name)
+        else MetadataCatalog.get(name).json_file
+    )
+
+
 def _named(problems: dict[str, list[str]]) -> str:
-    """All kinds of problems in one line, and of each kind the first ones."""
+    """All kinds of problems in one line: the number, the first places, what it means."""
     parts = []
     for kind, places in problems.items():
-        parts += [f"{len(places)} x {kind}: {places[0]}", *places[1:_MOST_NAMED]]
-        if len(places) > _MOST_NAMED:
-            parts.append("...")
+        shown = [*places[:_MOST_NAMED], "..."] if len(places) > _MOST_NAMED else places
+        parts.append(f"{len(places)} x {kind}: {'; '.join(shown)} ({PROBLEMS[kind]})")
     return "; ".join(parts)
 
 

@@ -87,6 +87,11 @@ class CityscapesSource:
     split: str
 
     @property
+    def path(self) -> str:
+        """The data set's folder."""
+        return self.folder
+
+    @property
     def image_root(self) -> str:
         """The folder of the split's cities."""
         return os.path.join(self.folder, "leftImg8bit", self.split)

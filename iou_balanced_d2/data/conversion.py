@@ -49,6 +49,10 @@ class Source(Protocol):
         """The data set's folder; the cache is put below it."""
 
     @property
+    def path(self) -> str:
+        """What errors name: the annotation file, or the folder of many."""
+
+    @property
     def image_root(self) -> str:
         """The folder that the images' ``file_name`` are relative to."""
 

@@ -65,6 +65,11 @@ class VocSource:
     classes: tuple[str, ...] | None
 
     @property
+    def path(self) -> str:
+        """The data set's folder."""
+        return self.folder
+
+    @property
     def image_root(self) -> str:
         """The folder of the parts."""
         return self.folder
