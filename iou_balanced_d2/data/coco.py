@@ -11,6 +11,7 @@ from . import coco_format
 from .coco_format import read_coco_json
 from .conversion import register_converted, source_digest, stamp
 from .voc import register_voc_folder
+from .yolo import register_yolo_folder
 
 _CODE = source_digest(__file__, coco_format.__file__)
 
@@ -71,17 +72,21 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
 
 
 def register_datasets_of(cfg: CfgNode) -> None:
-    """Register the data sets of ``DATASETS.COCO_JSON`` and ``VOC_FOLDER``; every process needs to.
+    """Register the config's own data sets; every process needs to.
+
+    They are those of ``DATASETS.COCO_JSON``, ``VOC_FOLDER`` and ``YOLO_FOLDER``.
 
     Raises:
         UserError: if an entry is not of the key's form, or its name is taken.
     """
-    for entry in cfg.DATASETS.COCO_JSON:
-        if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
-            raise UserError(
-                f"DATASETS.COCO_JSON: expected [name, json file, image folder], got {entry!r}"
-            )
-        register_coco_json(*entry)
+    for key, register, form in (
+        ("COCO_JSON", register_coco_json, "[name, json file, image folder]"),
+        ("YOLO_FOLDER", register_yolo_folder, "[name, data.yaml, split]"),
+    ):
+        for entry in cfg.DATASETS[key]:
+            if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
+                raise UserError(f"DATASETS.{key}: expected {form}, got {entry!r}")
+            register(*entry)
     for entry in cfg.DATASETS.VOC_FOLDER:
         if not _is_voc_entry(entry):
             raise UserError(
