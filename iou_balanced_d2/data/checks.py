@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..errors import UserError
 from .coco import check_folder, register_datasets_of
@@ -17,6 +18,7 @@ from .demo import ensure_demo_datasets
 from .inspection import (
     FATAL,
     PROBLEMS,
+    anchor_advice,
     anchor_recall,
     inspect_annotations,
     inspect_images,
@@ -26,8 +28,13 @@ from .voc import check_difficult_policy
 
 _MOST_NAMED = 5
 # A detector whose anchors miss more than this share of the boxes can't learn to place them.
-_LOW_RECALL = 0.7
-_RECALL_IMAGES = 100
+LOW_RECALL = 0.7
+
+# detectron2's own, which are large and known to be right, and the drawn one.
+_TRUSTED = {
+    *(name for names in _PREDEFINED_SPLITS_COCO.values() for name in names),
+    *(f"iou_balanced_demo_{split}" for split in ("train", "val")),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +66,13 @@ def check_datasets(
         prepare_dataset(name)
         if name.startswith("iou_balanced_demo_"):
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
-        # detectron2's data sets and the drawn one are trusted.
-        trusted = not is_converted(name)
         try:
-            if trusted and not read_images:
+            if name in _TRUSTED and not read_images:
                 classes = _check_known(name)
-            else:
+            elif MetadataCatalog.get(name).get("json_file"):
                 classes = _check_content(cfg, name, read_images=read_images, inspect=inspect)
+            else:
+                classes = _check_records(name)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
@@ -108,6 +115,28 @@ def _check_known(name: str) -> list[str]:
                 "folder that holds the data sets"
             )
     return list(metadata.get("thing_classes", []))
+
+
+def _check_records(name: str) -> list[str]:
+    """Check what a function that was registered in Python returns; return the classes."""
+    classes = list(MetadataCatalog.get(name).get("thing_classes", []))
+    for i, record in enumerate(DatasetCatalog.get(name)):
+        for key in ("file_name", "image_id", "height", "width"):
+            if key not in record:
+                raise UserError(f"record {i} has no {key!r}")
+        if not os.path.isfile(record["file_name"]):
+            raise UserError(f"record {i}: image {record['file_name']!r} is not there")
+        for j, annotation in enumerate(record.get("annotations", [])):
+            for key in ("bbox", "bbox_mode", "category_id"):
+                if key not in annotation:
+                    raise UserError(f"record {i}: annotations[{j}] has no {key!r}")
+            label = annotation["category_id"]
+            if classes and label not in range(len(classes)):
+                raise UserError(
+                    f"record {i}: annotations[{j}]: category_id must be 0 to {len(classes) - 1}, "
+                    f"got {label!r}"
+                )
+    return classes
 
 
 def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> list[str]:
@@ -153,12 +182,12 @@ def _named(problems: dict[str, list[str]]) -> str:
 
 
 def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:
-    share = anchor_recall(cfg, content, max_images=_RECALL_IMAGES)
-    if share < _LOW_RECALL:
+    share = anchor_recall(cfg, content)
+    if share < LOW_RECALL:
+        threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
         logger.warning(
-            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU "
-            f"{cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]}; see MODEL.ANCHOR_GENERATOR.SIZES and "
-            "ASPECT_RATIOS, or train on larger images (INPUT.MIN_SIZE_TRAIN)"
+            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU {threshold}; "
+            f"{anchor_advice(cfg, content)}"
         )
 
 

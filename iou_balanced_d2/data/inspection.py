@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
-from detectron2.structures import Boxes, ImageList, pairwise_iou
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -225,7 +223,9 @@ def _look_at(image: dict[str, Any], image_root: str) -> tuple[list[tuple[str, st
     return problems, is_rotated
 
 
-def anchor_recall(cfg: CfgNode, content: dict[str, Any], *, max_images: int = 500) -> float:
+def anchor_recall(
+    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+) -> float:
     """Share of the ground truth that gets an anchor at the config's anchors and image size.
 
     "Gets an anchor": one anchor's IoU with the box is at least the upper one of
@@ -234,49 +234,107 @@ def anchor_recall(cfg: CfgNode, content: dict[str, Any], *, max_images: int = 50
 
     Args:
         cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
-        content: of COCO's instance format.
-        max_images: number of images looked at, spread evenly over the data set.
+        content: clean, see :func:`read_coco_json`.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
 
     Returns:
         share in [0, 1]; NaN without any box.
     """
+    best = best_anchor_iou(cfg, content, image_scale=image_scale, anchor_scale=anchor_scale)
+    if not len(best):
+        return math.nan
+    return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
+
+
+def best_anchor_iou(
+    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+) -> NDArray[np.float64]:
+    """Each object's IoU with its best anchor.
+
+    An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
+    shape only the one nearest to the box has to be looked at, not all of the grid.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
+
+    Returns:
+        (G,) in [0, 1], of the objects that have an area and are no crowds.
+    """
+    boxes, size = _scaled_boxes(cfg, content, image_scale)
+    best = np.zeros(len(boxes))
+    if not len(boxes):
+        return best
     with torch.device("meta"):
         shapes = build_backbone(cfg).output_shape()
     features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
     generator = build_anchor_generator(cfg, features)
-    boxes: dict[Any, list[list[float]]] = {}
-    for a in content["annotations"]:
-        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a.get("iscrowd", 0):
-            boxes.setdefault(a["image_id"], []).append(a["bbox"])
-    images = [image for image in content["images"] if image["id"] in boxes]
-    images = images[:: max(1, math.ceil(len(images) / max_images))]
-    strides = [feature.stride for feature in features]
-    with warnings.catch_warnings():
-        # From detectron2's anchor generator: nothing a user could mend.
-        warnings.filterwarnings("ignore", message="torch.meshgrid")
-        matched = [
-            _best_iou(cfg, generator, strides, image, boxes[image["id"]]) for image in images
-        ]
-    if not matched:
-        return float("nan")
-    best = torch.cat(matched)
-    return (best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).float().mean().item()
+    divisor = max(feature.stride for feature in features)
+    padded = np.ceil(size / divisor) * divisor
+    centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    for stride, cell in zip(generator.strides, generator.cell_anchors, strict=True):
+        last = np.ceil(padded / stride) - 1
+        start = generator.offset * stride
+        place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
+        for anchor in (cell[:, 2:] - cell[:, :2]).numpy() * anchor_scale:
+            overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
+                place - anchor / 2, centre - extent / 2
+            )
+            common = overlap.clip(min=0).prod(axis=1)
+            np.maximum(best, common / (extent.prod(axis=1) + anchor.prod() - common), out=best)
+    return best
 
 
-def _best_iou(
-    cfg: CfgNode, generator: Any, strides: list[int], image: dict[str, Any], boxes: list[Any]
-) -> torch.Tensor:
-    """Each box's IoU with its best anchor, (G,), boxes in XYWH pixels of the original image."""
+def _scaled_boxes(
+    cfg: CfgNode, content: dict[str, Any], image_scale: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Boxes (G, 4) XYXY and width and height (G, 2) of their images, as resized for training."""
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    height, width = ResizeShortestEdge.get_output_shape(
-        image["height"], image["width"], sizes[len(sizes) // 2], cfg.INPUT.MAX_SIZE_TRAIN
+    shortest = round(sizes[len(sizes) // 2] * image_scale)
+    longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
+    resized = {
+        image["id"]: (
+            image,
+            ResizeShortestEdge.get_output_shape(image["height"], image["width"], shortest, longest)[
+                ::-1
+            ],
+        )
+        for image in content["images"]
+    }
+    boxes, size, original = [], [], []
+    for a in content["annotations"]:
+        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]:
+            image, new_size = resized[a["image_id"]]
+            boxes.append(a["bbox"])
+            size.append(new_size)
+            original.append((image["width"], image["height"]))
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    return xyxy * np.tile(new / old, 2), new
+
+
+def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
+    """What larger images and smaller (or larger) anchors would do for :func:`anchor_recall`.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        one line.
+    """
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    shortest = sizes[len(sizes) // 2]
+    larger = {s: anchor_recall(cfg, content, image_scale=s) for s in (1.5, 2.0)}
+    others = {s: anchor_recall(cfg, content, anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
+    best = max(others, key=lambda scale: others[scale])
+    images = ", ".join(
+        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
     )
-    scale = torch.tensor([width / image["width"], height / image["height"]] * 2)
-    xywh = torch.tensor(boxes, dtype=torch.float32)
-    xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1) * scale
-    padded = ImageList.from_tensors([torch.empty(1, height, width)], max(strides)).tensor.shape
-    maps = [torch.empty(1, 1, math.ceil(padded[2] / s), math.ceil(padded[3] / s)) for s in strides]
-    anchors = Boxes.cat(generator(maps))
-    if not len(anchors):  # an image so narrow that nothing of it is left
-        return torch.zeros(len(boxes))
-    return pairwise_iou(Boxes(xyxy), anchors).amax(dim=1)
+    return (
+        f"it would be {images}, and {others[best]:.0%} with MODEL.ANCHOR_GENERATOR.SIZES x {best:g}"
+    )
