@@ -6,6 +6,7 @@ python demo/demo.py --config-file my.yaml --input photos/ more/*.jpg --output fo
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from iou_balanced_d2.data import prepare_dataset, register_datasets_of
-from iou_balanced_d2.data.coco import class_names, read_coco_json
+from iou_balanced_d2.data.coco_format import class_names, read_coco_json
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.engine.checks import check_model, check_weights
 from iou_balanced_d2.engine.config import choose_device
@@ -87,9 +88,10 @@ def classes_of(cfg: CfgNode) -> Metadata:
         if name not in DatasetCatalog:
             continue
         known = MetadataCatalog.get(name)
+        with contextlib.suppress(UserError):  # its files are not here
+            prepare_dataset(name)
         names = known.get("thing_classes")
         if not names and os.path.isfile(known.get("json_file", "")):
-            prepare_dataset(name)
             names = class_names(read_coco_json(known.json_file))
         if names:
             return Metadata(thing_classes=list(names))

@@ -5,23 +5,32 @@ python tools/check_dataset.py --config-file configs/Demo/retinanet_demo_iou_bala
 """
 
 import argparse
+import contextlib
+import os
 import sys
+from typing import Any
 
 from iou_balanced_d2.data import check_datasets
-from iou_balanced_d2.data.coco import read_coco_json
+from iou_balanced_d2.data.checks import LOW_RECALL
+from iou_balanced_d2.data.coco_format import REPAIRS, read_coco_json
 from iou_balanced_d2.data.inspection import (
+    FATAL,
     PROBLEMS,
     Report,
+    anchor_advice,
     anchor_recall,
     inspect_annotations,
     inspect_images,
+    missing_images,
 )
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
 
 # isort: split
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
 
@@ -29,32 +38,44 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", required=True, help="config file of the run")
     parser.add_argument("--quick", action="store_true", help="do not read the images")
-    parser.add_argument("--strict", action="store_true", help="any problem is an error (exit 1)")
+    parser.add_argument("--pictures", metavar="FOLDER", help="draw the boxes of some images there")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with 1 for any problem, not only for those that would spoil a training",
+    )
     parser.add_argument("--most", type=int, default=10, help="problems named of each kind")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the run")
     return parser.parse_args()
 
 
-def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> int:
-    """Check one data set and print what was found; returns the number of problems."""
+def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> Report:
+    """Check one data set and print what was found."""
     metadata = MetadataCatalog.get(name)
     content = read_coco_json(metadata.json_file)
     report = inspect_annotations(content)
-    if not args.quick:
-        for kind, places in inspect_images(content, metadata.image_root).problems.items():
-            report.add((kind, place) for place in places)
+    if args.quick:
+        report.add(("missing image", path) for path in missing_images(content, metadata.image_root))
+    else:
+        images = inspect_images(content, metadata.image_root)
+        report.rotated = images.rotated
+        report.problems.update(images.problems)
     print(f"\n{name}: {report.num_images} images, {report.num_annotations} annotations, ", end="")
     print(f"{report.num_empty} images without any")
     print(tabulate(report.classes.items(), headers=("class", "annotations"), tablefmt="github"))
-    print_problems(report, args.most)
-    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-        share = anchor_recall(cfg, content)
-        print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}")
-    return report.num_problems
+    print_findings(report, args.most)
+    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE and report.num_annotations:
+        print_anchors(cfg, content)
+    if args.pictures:
+        draw(name, args.pictures, args.most)
+    return report
 
 
-def print_problems(report: Report, most: int) -> None:
+def print_findings(report: Report, most: int) -> None:
+    for kind, (number, place) in report.repairs.items():
+        print(f"repaired: {number} x {kind}, as at {place} ({REPAIRS[kind]})")
+    if report.rotated:
+        print(f"{report.rotated} photos are turned by their EXIF data; boxes are in the turned one")
     for kind, places in report.problems.items():
         print(f"{kind}: {len(places)} ({PROBLEMS[kind]})")
         for place in places[:most]:
@@ -65,17 +86,37 @@ def print_problems(report: Report, most: int) -> None:
         print("no problems")
 
 
+def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
+    threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
+    share = anchor_recall(cfg, content)
+    print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}", end="")
+    print(f": too few; {anchor_advice(cfg, content)}" if share < LOW_RECALL else "")
+
+
+def draw(name: str, folder: str, most: int) -> None:
+    """Boxes on the images with most of them; each picture is named after its image's id."""
+    metadata = MetadataCatalog.get(name)
+    records = sorted(DatasetCatalog.get(name), key=lambda d: -len(d["annotations"]))[:most]
+    os.makedirs(folder, exist_ok=True)
+    for record in records:
+        with contextlib.suppress(Exception):  # it has been named above
+            image = read_image(record["file_name"], "RGB")
+            drawn = Visualizer(image, metadata).draw_dataset_dict(record)
+            drawn.save(os.path.join(folder, f"{name}_{record['image_id']}.jpg"))
+    print(f"pictures with boxes: {folder}")
+
+
 def main() -> int:
     args = parse_arguments()
     try:
         cfg = load_config(args.config_file, args.opts)
         check_datasets(cfg, training=True, inspect=False)  # all problems are listed here
         names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-        found = sum([check(cfg, name, args) for name in names])
+        kinds = {kind for name in names for kind in check(cfg, name, args).problems}
     except UserError as error:
         print(f"check_dataset.py: error: {error}", file=sys.stderr)
         return 2
-    return 1 if found and args.strict else 0
+    return 1 if kinds & FATAL or (kinds and args.strict) else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.coco import read_coco_json
+from ..data.coco_format import read_coco_json
 from ..errors import UserError
 
 Array = NDArray[Any]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.coco import class_names, read_coco_json
+from ..data.coco_format import class_names, read_coco_json
 from ..errors import UserError
 from . import comparison_report
 from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data.coco import read_coco_json
+from ..data.coco_format import read_coco_json
 from ..errors import UserError
 from ..evaluation.coco_eval import ignoring_difficult, load_results
 from ..evaluation.ground_truth import prepare_ground_truth

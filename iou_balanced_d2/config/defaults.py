@@ -51,6 +51,8 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     # split, list of class names]; without a list the classes are the sorted names found in all of
     # the folder's annotations.
     cfg.DATASETS.VOC_FOLDER = ()
+    # The same for YOLO's layout, each [name, data.yaml, split], the split being train, val or test.
+    cfg.DATASETS.YOLO_FOLDER = ()
     # VOC's objects marked difficult: "ignore" = no part in training, and in evaluation neither
     # right nor wrong, VOC's own rule; "count" = like any other object; "drop" = as if they were
     # not annotated.

@@ -8,6 +8,7 @@ from .coco import register_coco_json, register_datasets_of
 from .conversion import prepare_dataset
 from .demo import register_demo_datasets
 from .voc import check_difficult_policy, register_voc, register_voc_folder, training_dicts
+from .yolo import register_yolo_folder
 
 _root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 register_demo_datasets(_root)
@@ -21,5 +22,6 @@ __all__ = [
     "register_coco_json",
     "register_datasets_of",
     "register_voc_folder",
+    "register_yolo_folder",
     "training_dicts",
 ]

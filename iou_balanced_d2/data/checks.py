@@ -8,26 +8,33 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..errors import UserError
-from .coco import (
-    check_folder,
-    check_image_folder,
-    class_names,
-    read_coco_json,
-    register_datasets_of,
-)
+from .coco import check_folder, register_datasets_of
+from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import is_converted, prepare_dataset
 from .demo import ensure_demo_datasets
-from .inspection import PROBLEMS, anchor_recall, inspect_annotations, inspect_images
+from .inspection import (
+    FATAL,
+    PROBLEMS,
+    anchor_advice,
+    anchor_recall,
+    inspect_annotations,
+    inspect_images,
+    missing_images,
+)
 from .voc import check_difficult_policy
 
-# Problems that no training can work around; the others leave out a box, or nothing.
-_FATAL = ("unknown category", "duplicate id")
 _MOST_NAMED = 5
 # A detector whose anchors miss more than this share of the boxes can't learn to place them.
-_LOW_RECALL = 0.7
-_RECALL_IMAGES = 100
+LOW_RECALL = 0.7
+
+# detectron2's own, which are large and known to be right, and the drawn one.
+_TRUSTED = {
+    *(name for names in _PREDEFINED_SPLITS_COCO.values() for name in names),
+    *(f"iou_balanced_demo_{split}" for split in ("train", "val")),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +56,6 @@ def check_datasets(
     """
     register_datasets_of(cfg)
     check_difficult_policy(cfg.DATASETS.VOC_DIFFICULT)
-    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if training else [*cfg.DATASETS.TEST]
     key = "DATASETS.TRAIN" if training else "DATASETS.TEST"
     if not getattr(cfg.DATASETS, key.split(".")[1]):
@@ -60,13 +66,13 @@ def check_datasets(
         prepare_dataset(name)
         if name.startswith("iou_balanced_demo_"):
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
-        # detectron2's data sets and the drawn one are trusted.
-        trusted = name not in own and not is_converted(name)
         try:
-            if trusted and not read_images:
+            if name in _TRUSTED and not read_images:
                 classes = _check_known(name)
-            else:
+            elif MetadataCatalog.get(name).get("json_file"):
                 classes = _check_content(cfg, name, read_images=read_images, inspect=inspect)
+            else:
+                classes = _check_records(name)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
@@ -111,6 +117,28 @@ def _check_known(name: str) -> list[str]:
     return list(metadata.get("thing_classes", []))
 
 
+def _check_records(name: str) -> list[str]:
+    """Check what a function that was registered in Python returns; return the classes."""
+    classes = list(MetadataCatalog.get(name).get("thing_classes", []))
+    for i, record in enumerate(DatasetCatalog.get(name)):
+        for key in ("file_name", "image_id", "height", "width"):
+            if key not in record:
+                raise UserError(f"record {i} has no {key!r}")
+        if not os.path.isfile(record["file_name"]):
+            raise UserError(f"record {i}: image {record['file_name']!r} is not there")
+        for j, annotation in enumerate(record.get("annotations", [])):
+            for key in ("bbox", "bbox_mode", "category_id"):
+                if key not in annotation:
+                    raise UserError(f"record {i}: annotations[{j}] has no {key!r}")
+            label = annotation["category_id"]
+            if classes and label not in range(len(classes)):
+                raise UserError(
+                    f"record {i}: annotations[{j}]: category_id must be 0 to {len(classes) - 1}, "
+                    f"got {label!r}"
+                )
+    return classes
+
+
 def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> list[str]:
     """Read a data set's annotations, and its images if asked to; return the classes."""
     metadata = MetadataCatalog.get(name)
@@ -118,37 +146,48 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
     check_folder(metadata.image_root)
     if not inspect:
         return class_names(content)
-    problems = inspect_annotations(content).problems
-    fatal = {kind: problems.pop(kind) for kind in _FATAL if kind in problems}
-    for kind, places in problems.items():
-        logger.warning(f"data set {name!r}: {_named({kind: places})} ({PROBLEMS[kind]})")
+    report = inspect_annotations(content)
+    for kind, (number, place) in report.repairs.items():
+        logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
     if read_images:
-        fatal.update(inspect_images(content, metadata.image_root).problems)
-    if fatal:
-        raise UserError(f"{metadata.json_file}: {_named(fatal)}")
-    check_image_folder(metadata.image_root, content, metadata.json_file)
+        report.problems.update(inspect_images(content, metadata.image_root).problems)
+    elif missing := missing_images(content, metadata.image_root):
+        report.problems["missing image"] = missing
+    for kind, places in report.problems.items():
+        if kind not in FATAL:
+            logger.warning(f"data set {name!r}: {_named({kind: places})}")
+    if fatal := {kind: places for kind, places in report.problems.items() if kind in FATAL}:
+        raise UserError(f"{_path(name)}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
     return class_names(content)
 
 
+def _path(name: str) -> str:
+    """What the user knows the annotations of a data set by."""
+    return str(
+        DatasetCatalog[name].source.path
+        if is_converted(name)
+        else MetadataCatalog.get(name).json_file
+    )
+
+
 def _named(problems: dict[str, list[str]]) -> str:
-    """All kinds of problems in one line, and of each kind the first ones."""
+    """All kinds of problems in one line: the number, the first places, what it means."""
     parts = []
     for kind, places in problems.items():
-        parts += [f"{len(places)} x {kind}: {places[0]}", *places[1:_MOST_NAMED]]
-        if len(places) > _MOST_NAMED:
-            parts.append("...")
+        shown = [*places[:_MOST_NAMED], "..."] if len(places) > _MOST_NAMED else places
+        parts.append(f"{len(places)} x {kind}: {'; '.join(shown)} ({PROBLEMS[kind]})")
     return "; ".join(parts)
 
 
 def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:
-    share = anchor_recall(cfg, content, max_images=_RECALL_IMAGES)
-    if share < _LOW_RECALL:
+    share = anchor_recall(cfg, content)
+    if share < LOW_RECALL:
+        threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
         logger.warning(
-            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU "
-            f"{cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]}; see MODEL.ANCHOR_GENERATOR.SIZES and "
-            "ASPECT_RATIOS, or train on larger images (INPUT.MIN_SIZE_TRAIN)"
+            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU {threshold}; "
+            f"{anchor_advice(cfg, content)}"
         )
 
 

@@ -38,6 +38,9 @@ CITYSCAPES_CLASSES = (
 _POLYGONS = "_gtFine_polygons.json"
 _IMAGE = "_leftImg8bit.png"
 _CODE = source_digest(__file__)
+# OpenCV draws with 16 bits before the point; polygons may leave the image.
+_MAX_COORDINATE = 2**15 - 1
+_MAX_PIXELS = 2**28
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class CityscapesSource:
 
     folder: str
     split: str
+
+    @property
+    def path(self) -> str:
+        """The data set's folder."""
+        return self.folder
 
     @property
     def image_root(self) -> str:
@@ -175,10 +183,20 @@ def parse_cityscapes_json(path: str, text: bytes) -> CityscapesScene:
             for o in content["objects"]
             if not o.get("deleted", 0)
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path}: not an annotation of Cityscapes: {error!r}") from error
-    if width < 1 or height < 1:
+    if not (width >= 1 and height >= 1 and width * height <= _MAX_PIXELS):
         raise UserError(f"{path}: the image size is {width} x {height}; write the true one")
+    for label, polygon in objects:
+        if not (np.abs(polygon) <= _MAX_COORDINATE).all():  # NaN is not, either
+            raise UserError(f"{path}: a {label!r} has a vertex that is no place in the image")
     return visible_boxes(objects, height=height, width=width)
 
 

@@ -16,9 +16,10 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -38,7 +39,9 @@ CACHE_FOLDER = "iou_balanced_cache"
 _MANY = 500  # files; fewer are read before threads pay, or a bar could be looked at
 _READERS = 8  # threads; they wait for the disk, so more than there are cores
 _AHEAD = 64  # files
+_MOST_NAMED = 5  # files in an error
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -48,6 +51,10 @@ class Source(Protocol):
     @property
     def folder(self) -> str:
         """The data set's folder; the cache is put below it."""
+
+    @property
+    def path(self) -> str:
+        """What errors name: the annotation file, or the folder of many."""
 
     @property
     def image_root(self) -> str:
@@ -265,7 +272,7 @@ def stamp(path: str) -> list[int]:
 def map_files(
     parse: Callable[[str, bytes], Result], paths: Sequence[str], *, title: str
 ) -> list[Result]:
-    """Parse files; of many, reading ahead with threads, and with a bar that shows the progress.
+    """Parse files; of many, reading ahead with threads.
 
     Waiting for many small files, above all on a network's disk, is what takes long. Parsing them in
     threads as well was no faster when measured (they wait for the interpreter's lock), and
@@ -280,30 +287,58 @@ def map_files(
         the results, in the order of the files.
 
     Raises:
-        UserError: if a file can't be read; and what ``parse`` raises.
+        UserError: as :func:`map_all` does, also for files that can't be read.
     """
-    if len(paths) < _MANY:
-        return [parse(path, _read(path)) for path in paths]
-    files = zip(paths, _read_ahead(paths), strict=True)
+    readers = _read_ahead(paths) if len(paths) >= _MANY else map(_reader, paths)
+    files = zip(paths, readers, strict=True)
+    return map_all(lambda file: parse(file[0], file[1]()), files, len(paths), title=title)
+
+
+def map_all(
+    function: Callable[[Item], Result], items: Iterable[Item], number: int, *, title: str
+) -> list[Result]:
+    """Call a function for each item; of many, with a bar that shows the progress.
+
+    Args:
+        function: called with each item.
+        items: what to go through.
+        number: of the items.
+        title: written beside the bar.
+
+    Returns:
+        the results, in the order of the items.
+
+    Raises:
+        UserError: with the messages of those that the function raised; it is called for all first.
+    """
     # disable=None: a bar on a terminal, none in a log file.
-    bar = tqdm(files, total=len(paths), desc=title, unit="file", disable=None)
-    return [parse(path, content) for path, content in bar]
+    bar = tqdm(items, total=number, desc=title, disable=None if number >= _MANY else True)
+    results, errors = [], []
+    for item in bar:
+        try:
+            results.append(function(item))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        more = f"; ... ({len(errors)} such)" if len(errors) > _MOST_NAMED else ""
+        raise UserError("; ".join(errors[:_MOST_NAMED]) + more)
+    return results
 
 
-def _read_ahead(paths: Sequence[str]) -> Iterator[bytes]:
-    """The files' contents in order; at most :data:`_AHEAD` are held."""
-    executor = ThreadPoolExecutor(_READERS)
-    pending: deque[Future[bytes]] = deque()
-    try:
+def _reader(path: str) -> Callable[[], bytes]:
+    return partial(_read, path)
+
+
+def _read_ahead(paths: Sequence[str]) -> Iterator[Callable[[], bytes]]:
+    """For each file, in order, what gives its content; at most :data:`_AHEAD` are held."""
+    with ThreadPoolExecutor(_READERS) as executor:
+        pending: deque[Future[bytes]] = deque()
         for path in paths:
             pending.append(executor.submit(_read, path))
             if len(pending) >= _AHEAD:
-                yield pending.popleft().result()
+                yield pending.popleft().result
         while pending:
-            yield pending.popleft().result()
-    finally:
-        # After an error the rest need not be read.
-        executor.shutdown(cancel_futures=True)
+            yield pending.popleft().result
 
 
 def _read(path: str) -> bytes:

@@ -1,8 +1,8 @@
 """What is wrong with a data set, and whether a detector's anchors can meet its boxes."""
 
+import contextlib
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
-from detectron2.structures import Boxes, ImageList, pairwise_iou
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,15 +22,28 @@ from tqdm import tqdm
 PROBLEMS = {
     "no area": "box without width or height, or not a number; left out of training",
     "outside": "box with no part inside the image; left out of training",
+    "unknown image": "image_id that is not among the images; left out",
     "sticks out": "box partly outside the image; the part inside is used",
     "unknown category": "category_id that is not among the categories",
-    "unknown image": "image_id that is not among the images",
-    "duplicate id": "id of more than one image, annotation or category",
+    "class twice": "two categories of one name; give each a name of its own",
+    "file twice": "two images of one file; merge them under one id",
+    "corners": "boxes that are right as x1, y1, x2, y2 and wrong as COCO's x, y, width, height",
+    "normalised": "boxes from 0 to 1, where COCO's are in pixels",
+    "only crowds": "every object is a crowd (iscrowd 1), so there is nothing to train on",
     "missing image": "image file that is not there",
     "unreadable image": "image file that can't be decoded to its end",
     "size mismatch": "image file of another size than annotated",
+    "not 8 bit": "image of 16 bit or of floating point, which is read as nearly black or white; "
+    "convert it to 8 bit",
 }
+# Those that make a training useless or impossible; the others leave out a box, or nothing.
+FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
 _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
+# Fewer boxes don't tell of another convention.
+_FEWEST_BOXES = 5
+_MANY_TOO_FAR = 0.1  # of the boxes
+_LARGER_THAN_1 = 8  # pixels
+_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
 
 
 @dataclass
@@ -43,6 +56,8 @@ class Report:
         num_empty: number of images without annotations.
         classes: number of annotations of each class.
         problems: name of the problem -> where, each "file, annotation id: what".
+        repairs: kind of :data:`REPAIRS` -> number and first place.
+        rotated: number of images that their EXIF data turn by 90 degrees.
     """
 
     num_images: int
@@ -50,6 +65,8 @@ class Report:
     num_empty: int
     classes: dict[str, int]
     problems: dict[str, list[str]] = field(default_factory=dict)
+    repairs: dict[str, list[Any]] = field(default_factory=dict)
+    rotated: int = 0
 
     def add(self, problems: Iterable[tuple[str, str]]) -> None:
         """Take in (name of the problem, where) pairs."""
@@ -66,60 +83,103 @@ def inspect_annotations(content: dict[str, Any]) -> Report:
     """The cheap part: everything that the annotations alone tell.
 
     Args:
-        content: of COCO's instance format, see :func:`read_coco_json`.
+        content: clean, see :func:`read_coco_json`.
 
     Returns:
         the report; reading the images is :func:`inspect_images`.
     """
-    names = {c["id"]: c["name"] for c in content["categories"]}
     images = {image["id"]: image for image in content["images"]}
     annotations = content["annotations"]
     histogram = Counter(a["category_id"] for a in annotations)
     report = Report(
-        num_images=len(content["images"]),
+        num_images=len(images),
         num_annotations=len(annotations),
         num_empty=len(images.keys() - {a["image_id"] for a in annotations}),
-        classes={name: histogram.get(id_, 0) for id_, name in sorted(names.items())},
+        classes={c["name"]: histogram.get(c["id"], 0) for c in content["categories"]},
+        problems={kind: list(places) for kind, places in content["info"]["problems"].items()},
+        repairs=content["info"]["repairs"],
     )
-    for section in ("images", "annotations", "categories"):
-        ids = Counter(row.get("id") for row in content[section] if "id" in row)
-        report.add(
-            ("duplicate id", f"{section}: id {id_}, {n} times") for id_, n in ids.items() if n > 1
-        )
-    for annotation in annotations:
-        report.add(_annotation_problems(annotation, images, names))
+    report.add(_twice("class twice", [c["name"] for c in content["categories"]]))
+    report.add(_twice("file twice", [image["file_name"] for image in content["images"]]))
+    report.add(_box_problems(annotations, images))
+    if annotations and all(a["iscrowd"] for a in annotations):
+        report.add([("only crowds", f"{len(annotations)} objects")])
     return report
 
 
-def _annotation_problems(
-    annotation: dict[str, Any], images: dict[Any, dict[str, Any]], names: dict[Any, str]
+def _twice(kind: str, names: list[str]) -> list[tuple[str, str]]:
+    return [(kind, f"{name!r}, {n} times") for name, n in Counter(names).items() if n > 1]
+
+
+def _box_problems(
+    annotations: list[dict[str, Any]], images: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
-    which = f"annotation {annotation.get('id', '(no id)')}"
-    image = images.get(annotation["image_id"])
-    if annotation["category_id"] not in names:
-        yield "unknown category", f"{which}: category_id {annotation['category_id']}"
-    if image is None:
-        yield "unknown image", f"{which}: image_id {annotation['image_id']}"
+    """Boxes that are wrong each by itself, or all of them as of another convention."""
+    if not annotations:
         return
-    where = f"{image['file_name']}, {which}: box {annotation['bbox']}"
-    x, y, w, h = (float(v) for v in annotation["bbox"])
-    if not (np.isfinite([x, y, w, h]).all() and w > 0 and h > 0):
-        yield "no area", where
-    elif x >= image["width"] or y >= image["height"] or x + w <= 0 or y + h <= 0:
-        yield "outside", where
-    elif (
-        min(x, y) < -_TOLERANCE
-        or x + w > image["width"] + _TOLERANCE
-        or y + h > image["height"] + _TOLERANCE
-    ):
-        yield "sticks out", where
+    sizes = [
+        (image["width"], image["height"]) for image in (images[a["image_id"]] for a in annotations)
+    ]
+    bad = _bad_boxes(np.array([a["bbox"] for a in annotations], dtype=np.float64), np.array(sizes))
+    for kind, mask in bad.items():
+        for i in np.flatnonzero(mask):
+            annotation = annotations[i]
+            name = images[annotation["image_id"]]["file_name"]
+            yield kind, f"{name}, annotation {annotation['id']}: box {annotation['bbox']}"
+
+
+def _bad_boxes(boxes: NDArray[Any], size: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
+    """Of each kind of problem which boxes have it; a box has one at most.
+
+    Args:
+        boxes: (M, 4) float64 XYWH pixels.
+        size: (M, 2), width and height of each box's image.
+    """
+    near, extent, far = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
+    first = np.arange(len(boxes)) == 0
+    if len(boxes) >= _FEWEST_BOXES:
+        if (np.abs(boxes) <= 1).all() and (size > _LARGER_THAN_1).all():
+            return {"normalised": first}
+        limit = size + _TOLERANCE
+        # For corners "extent" is the far corner.
+        are_corners = ((extent > near) & (extent <= limit) & (near >= -_TOLERANCE)).all()
+        if are_corners and (far > limit).any(axis=1).mean() > _MANY_TOO_FAR:
+            return {"corners": first}
+    no_area = ~(np.isfinite(boxes).all(axis=1) & (extent > 0).all(axis=1))
+    outside = ~no_area & ((near >= size) | (far <= 0)).any(axis=1)
+    sticks_out = ((near < -_TOLERANCE) | (far > size + _TOLERANCE)).any(axis=1)
+    return {
+        "no area": no_area, "outside": outside, "sticks out": sticks_out & ~no_area & ~outside,
+    }  # fmt: skip
+
+
+def missing_images(content: dict[str, Any], image_root: str) -> list[str]:
+    """The images that are not there; each folder is listed once, no file is opened.
+
+    Args:
+        content: clean, see :func:`read_coco_json`.
+        image_root: folder of the images.
+
+    Returns:
+        their paths.
+    """
+    names_of: dict[str, set[str]] = {}
+    missing = []
+    for image in content["images"]:
+        folder, name = os.path.split(os.path.join(image_root, image["file_name"]))
+        if folder not in names_of:
+            with contextlib.suppress(OSError):
+                names_of[folder] = set(os.listdir(folder))
+        if name not in names_of.setdefault(folder, set()):
+            missing.append(os.path.join(folder, name))
+    return missing
 
 
 def inspect_images(content: dict[str, Any], image_root: str, *, threads: int = 4) -> Report:
     """The full part: decode every image.
 
     Args:
-        content: of COCO's instance format.
+        content: clean, see :func:`read_coco_json`.
         image_root: folder of the images.
         threads: images read at a time.
 
@@ -128,32 +188,44 @@ def inspect_images(content: dict[str, Any], image_root: str, *, threads: int = 4
     """
     report = Report(len(content["images"]), 0, 0, {})
     with ThreadPool(threads) as pool:
-        found = pool.imap(lambda image: _image_problem(image, image_root), content["images"])
-        for problem in tqdm(found, total=len(content["images"]), desc="images", leave=False):
-            report.add([problem] if problem else [])
+        found = pool.imap(lambda image: _look_at(image, image_root), content["images"])
+        for problems, is_rotated in tqdm(
+            found, total=len(content["images"]), desc="images", leave=False
+        ):
+            report.add(problems)
+            report.rotated += is_rotated
     return report
 
 
-def _image_problem(image: dict[str, Any], image_root: str) -> tuple[str, str] | None:
+def _look_at(image: dict[str, Any], image_root: str) -> tuple[list[tuple[str, str]], bool]:
+    """An image's problems, and whether its EXIF data turn it by 90 degrees."""
     path = os.path.join(image_root, image["file_name"])
     if not os.path.isfile(path):
-        return "missing image", path
+        return [("missing image", path)], False
     try:
         with Image.open(path) as file:
             file.load()
-            size = file.size
+            (width, height), mode = file.size, file.mode
+            is_rotated = file.getexif().get(_ORIENTATION, 1) in _TURNED
     except Exception as error:  # PIL raises SyntaxError and others on broken files
-        return "unreadable image", f"{path}: {' '.join(str(error).split())}"
-    annotated = (image["width"], image["height"])
-    if size != annotated:
-        return (
-            "size mismatch",
-            f"{path}: {size[0]}x{size[1]}, annotated {annotated[0]}x{annotated[1]}",
+        return [("unreadable image", f"{path}: {' '.join(str(error).split())}")], False
+    problems = []
+    if is_rotated:  # as detectron2 reads it
+        width, height = height, width
+    if (width, height) != (image["width"], image["height"]):
+        turned = ", once turned as its EXIF data say" if is_rotated else ""
+        annotated = f"{image['width']}x{image['height']}"
+        problems.append(
+            ("size mismatch", f"{path}: {width}x{height}{turned}, annotated {annotated}")
         )
-    return None
+    if mode[0] in "IF":  # PIL's modes of more than 8 bit: I;16, I, F
+        problems.append(("not 8 bit", f"{path}: mode {mode}"))
+    return problems, is_rotated
 
 
-def anchor_recall(cfg: CfgNode, content: dict[str, Any], *, max_images: int = 500) -> float:
+def anchor_recall(
+    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+) -> float:
     """Share of the ground truth that gets an anchor at the config's anchors and image size.
 
     "Gets an anchor": one anchor's IoU with the box is at least the upper one of
@@ -162,49 +234,107 @@ def anchor_recall(cfg: CfgNode, content: dict[str, Any], *, max_images: int = 50
 
     Args:
         cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
-        content: of COCO's instance format.
-        max_images: number of images looked at, spread evenly over the data set.
+        content: clean, see :func:`read_coco_json`.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
 
     Returns:
         share in [0, 1]; NaN without any box.
     """
+    best = best_anchor_iou(cfg, content, image_scale=image_scale, anchor_scale=anchor_scale)
+    if not len(best):
+        return math.nan
+    return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
+
+
+def best_anchor_iou(
+    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+) -> NDArray[np.float64]:
+    """Each object's IoU with its best anchor.
+
+    An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
+    shape only the one nearest to the box has to be looked at, not all of the grid.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
+
+    Returns:
+        (G,) in [0, 1], of the objects that have an area and are no crowds.
+    """
+    boxes, size = _scaled_boxes(cfg, content, image_scale)
+    best = np.zeros(len(boxes))
+    if not len(boxes):
+        return best
     with torch.device("meta"):
         shapes = build_backbone(cfg).output_shape()
     features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
     generator = build_anchor_generator(cfg, features)
-    boxes: dict[Any, list[list[float]]] = {}
-    for a in content["annotations"]:
-        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a.get("iscrowd", 0):
-            boxes.setdefault(a["image_id"], []).append(a["bbox"])
-    images = [image for image in content["images"] if image["id"] in boxes]
-    images = images[:: max(1, math.ceil(len(images) / max_images))]
-    strides = [feature.stride for feature in features]
-    with warnings.catch_warnings():
-        # From detectron2's anchor generator: nothing a user could mend.
-        warnings.filterwarnings("ignore", message="torch.meshgrid")
-        matched = [
-            _best_iou(cfg, generator, strides, image, boxes[image["id"]]) for image in images
-        ]
-    if not matched:
-        return float("nan")
-    best = torch.cat(matched)
-    return (best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).float().mean().item()
+    divisor = max(feature.stride for feature in features)
+    padded = np.ceil(size / divisor) * divisor
+    centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    for stride, cell in zip(generator.strides, generator.cell_anchors, strict=True):
+        last = np.ceil(padded / stride) - 1
+        start = generator.offset * stride
+        place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
+        for anchor in (cell[:, 2:] - cell[:, :2]).numpy() * anchor_scale:
+            overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
+                place - anchor / 2, centre - extent / 2
+            )
+            common = overlap.clip(min=0).prod(axis=1)
+            np.maximum(best, common / (extent.prod(axis=1) + anchor.prod() - common), out=best)
+    return best
 
 
-def _best_iou(
-    cfg: CfgNode, generator: Any, strides: list[int], image: dict[str, Any], boxes: list[Any]
-) -> torch.Tensor:
-    """Each box's IoU with its best anchor, (G,), boxes in XYWH pixels of the original image."""
+def _scaled_boxes(
+    cfg: CfgNode, content: dict[str, Any], image_scale: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Boxes (G, 4) XYXY and width and height (G, 2) of their images, as resized for training."""
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    height, width = ResizeShortestEdge.get_output_shape(
-        image["height"], image["width"], sizes[len(sizes) // 2], cfg.INPUT.MAX_SIZE_TRAIN
+    shortest = round(sizes[len(sizes) // 2] * image_scale)
+    longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
+    resized = {
+        image["id"]: (
+            image,
+            ResizeShortestEdge.get_output_shape(image["height"], image["width"], shortest, longest)[
+                ::-1
+            ],
+        )
+        for image in content["images"]
+    }
+    boxes, size, original = [], [], []
+    for a in content["annotations"]:
+        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]:
+            image, new_size = resized[a["image_id"]]
+            boxes.append(a["bbox"])
+            size.append(new_size)
+            original.append((image["width"], image["height"]))
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    return xyxy * np.tile(new / old, 2), new
+
+
+def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
+    """What larger images and smaller (or larger) anchors would do for :func:`anchor_recall`.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        one line.
+    """
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    shortest = sizes[len(sizes) // 2]
+    larger = {s: anchor_recall(cfg, content, image_scale=s) for s in (1.5, 2.0)}
+    others = {s: anchor_recall(cfg, content, anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
+    best = max(others, key=lambda scale: others[scale])
+    images = ", ".join(
+        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
     )
-    scale = torch.tensor([width / image["width"], height / image["height"]] * 2)
-    xywh = torch.tensor(boxes, dtype=torch.float32)
-    xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1) * scale
-    padded = ImageList.from_tensors([torch.empty(1, height, width)], max(strides)).tensor.shape
-    maps = [torch.empty(1, 1, math.ceil(padded[2] / s), math.ceil(padded[3] / s)) for s in strides]
-    anchors = Boxes.cat(generator(maps))
-    if not len(anchors):  # an image so narrow that nothing of it is left
-        return torch.zeros(len(boxes))
-    return pairwise_iou(Boxes(xyxy), anchors).amax(dim=1)
+    return (
+        f"it would be {images}, and {others[best]:.0%} with MODEL.ANCHOR_GENERATOR.SIZES x {best:g}"
+    )

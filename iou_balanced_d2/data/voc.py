@@ -10,9 +10,12 @@ kept as they are annotated, degenerate ones too. ``difficult`` is kept as a fiel
 ``iscrowd`` and ``ignore`` stay 0, as COCO's matching of those differs from VOC's.
 """
 
+import codecs
 import math
 import os
+import re
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +32,11 @@ VOC_CLASSES = (
 DIFFICULT_POLICIES = ("ignore", "count", "drop")
 
 _SPLITS = {"2007": ("train", "val", "trainval", "test"), "2012": ("train", "val", "trainval")}
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _CODE = source_digest(__file__)
+# As tools write <difficult>.
+_DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "true": 1, "yes": 1}
+_DECLARATION = re.compile(rb"""\s*<\?xml[^>]*encoding=["']([\w.-]+)["'][^>]*\?>""")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class VocSource:
     classes: tuple[str, ...] | None
 
     @property
+    def path(self) -> str:
+        """The data set's folder."""
+        return self.folder
+
+    @property
     def image_root(self) -> str:
         """The folder of the parts."""
         return self.folder
@@ -92,6 +103,7 @@ class VocSource:
         if not classes:
             raise UserError(f"{self.folder}: no object in any annotation")
         content: dict[str, Any] = {
+            "info": {},
             "images": [],
             "annotations": [],
             "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
@@ -119,7 +131,8 @@ class VocSource:
 
 def _list_folder(path: str) -> list[str]:
     try:
-        return sorted(os.listdir(path))
+        # ("._photo.jpg" is what macOS leaves beside "photo.jpg" on foreign disks.)
+        return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         raise UserError(
             f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages "
@@ -131,27 +144,45 @@ def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
     """(annotation, image) of each image of a split, relative to ``root``."""
     path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
     images = _list_folder(os.path.join(root, folder, "JPEGImages"))
-    image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in _IMAGE_SUFFIXES}
-    try:
-        ids = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}; it lists the images") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a text file") from error
-    ids = [i for i in ids if i]
+    image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in IMAGE_SUFFIXES}
+    ids = [_image_id(line, image_of) for line in _lines(path)]
     if not ids:
         raise UserError(f"{path}: lists no image")
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise UserError(f"{path}: lists {twice!r} twice; remove one")
-    for i in ids:
-        if i not in image_of:
-            raise UserError(f"{path}: lists {i!r}, of which JPEGImages has no image")
+    twice = [i for i, n in Counter(ids).items() if n > 1]
+    missing = [i for i in ids if i not in image_of]
+    for names, what in ((twice, " twice"), (missing, ", of which JPEGImages has no image")):
+        if names:
+            number = f" ({len(names)} such of {len(ids)})" if len(names) > 1 else ""
+            raise UserError(f"{path}: lists {names[0]!r}{what}{number}")
     return [
         (os.path.join(folder, "Annotations", f"{i}.xml"),
          os.path.join(folder, "JPEGImages", image_of[i]))
         for i in ids
     ]  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a list that are not empty; also of UTF-16, and after a byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}; it lists the images") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a text file") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _image_id(line: str, image_of: dict[str, str]) -> str:
+    """The id that a line means, which may have a folder, an ending, or VOC's column -1, 0, 1."""
+    without_column = re.sub(r"\s+(-1|0|1)$", "", line)
+    for text in (line, without_column):
+        name = Path(text.replace("\\", "/")).name
+        for id_ in (text, name, Path(name).stem):
+            if id_ in image_of:
+                return id_
+    return line
 
 
 def parse_voc_xml(path: str, content: bytes) -> VocImage:
@@ -167,14 +198,26 @@ def parse_voc_xml(path: str, content: bytes) -> VocImage:
     Raises:
         UserError: if it is broken, or lacks the size or part of an object.
     """
-    try:
-        root = ET.fromstring(content)
-    except (ET.ParseError, ValueError) as error:
-        raise UserError(f"{path}: not an XML file: {error}") from error
+    root = _parse_xml(path, content)
     width, height = (_number(root, f"size/{side}", path) for side in ("width", "height"))
     if width < 1 or height < 1:
         raise UserError(f"{path}: the image size is {width} x {height}; write the true one")
     return VocImage(int(width), int(height), [_object(o, path) for o in root.findall("object")])
+
+
+def _parse_xml(path: str, content: bytes) -> ET.Element:
+    """The root element; also of encodings that Python knows and its XML parser does not."""
+    try:
+        try:
+            return ET.fromstring(content)
+        except (LookupError, ValueError):  # an encoding; ParseError is no ValueError
+            head = _DECLARATION.match(content)
+            if head is None:
+                raise
+            text = content[head.end() :].decode(head[1].decode("ascii"))
+            return ET.fromstring(text)
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise UserError(f"{path}: not an XML file: {error}") from error
 
 
 def _object(element: ET.Element, path: str) -> tuple[str, list[float], int]:
@@ -183,10 +226,10 @@ def _object(element: ET.Element, path: str) -> tuple[str, list[float], int]:
     if not name:
         raise UserError(f"{path}: an object has no <name>")
     box = [_number(element, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")]
-    difficult = (element.findtext("difficult") or "0").strip()
-    if difficult not in ("0", "1"):
+    difficult = (element.findtext("difficult") or "").strip()
+    if difficult.lower() not in _DIFFICULT:
         raise UserError(f"{path}: <difficult> must be 0 or 1, got {difficult!r}")
-    return name, box, int(difficult)
+    return name, box, _DIFFICULT[difficult.lower()]
 
 
 def _number(element: ET.Element, tag: str, path: str) -> float:

@@ -23,6 +23,7 @@ def prepare_ground_truth(coco: COCO, difficult: str) -> None:
         UserError: if the policy is not known.
     """
     check_difficult_policy(difficult)
+    coco.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 read it
     annotations = coco.dataset["annotations"]
     if difficult == "drop":
         annotations = [a for a in annotations if not a.get("difficult")]

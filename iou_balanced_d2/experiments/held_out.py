@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 
 from ..data import prepare_dataset, register_datasets_of
-from ..data.coco import read_coco_json
+from ..data.coco_format import read_coco_json
 from ..engine import load_config
 from ..errors import UserError
 from .protocol import Settings

@@ -245,6 +245,19 @@ BROKEN = {
         lambda r: (r / ANNOTATION).write_text(OBJECT % '{"label": "car", "polygon": [[1, "a"]]}'),
         "polygons.json: not an annotation",
     ),
+    **{
+        f"vertex {x}": (
+            lambda r, x=x: (r / ANNOTATION).write_text(
+                OBJECT % f'{{"label": "car", "polygon": [[0, 0], [2, 2], [{x}, 2]]}}'
+            ),
+            "polygons.json: a 'car' has a vertex that is no place in the image",
+        )
+        for x in ("NaN", "Infinity", "1e300", "-40000")
+    },
+    "huge size": (
+        lambda r: (r / ANNOTATION).write_text((OBJECT % "").replace("4", "10000000")),
+        "the image size is 10000000 x 10000000",
+    ),
 }
 
 

@@ -9,11 +9,19 @@ import check_dataset
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_anchor_generator, build_backbone
+from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
 
-from iou_balanced_d2.data.coco import read_coco_json
-from iou_balanced_d2.data.inspection import anchor_recall, inspect_annotations, inspect_images
+from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
+from iou_balanced_d2.data.inspection import (
+    anchor_recall,
+    best_anchor_iou,
+    inspect_annotations,
+    inspect_images,
+)
 from iou_balanced_d2.data.loading import CheckedMapper, drop_bad_boxes, load_training_dicts
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -49,17 +57,14 @@ def test_a_good_data_set_has_no_problems(content, own_data):
         ("sticks out", {"bbox": [5, -3, 9, 9]}),
         ("unknown category", {"category_id": 8}),
         ("unknown image", {"image_id": 99}),
-        ("duplicate id", {"id": 3}),
     ],
 )
 def test_bad_annotations_are_found_and_named(content, problem, change):
     content["annotations"][1].update(change)
-    report = inspect_annotations(content)
+    report = inspect_annotations(clean_coco(content))
     assert list(report.problems) == [problem]
     (where,) = report.problems[problem]
-    assert f"{content['annotations'][1]['id']}" in where
-    if "bbox" in change:
-        assert "1.png" in where
+    assert ("1.png, annotation 2:" if "bbox" in change else "annotations[1] (id 2): ") in where
 
 
 def test_boxes_a_rounding_error_outside_are_fine(content):
@@ -124,6 +129,103 @@ def test_anchor_recall_by_hand(content, own_data):
     assert anchor_recall(cfg, content) == pytest.approx(2 / 3)
 
 
+def every_anchor_iou(cfg, content):
+    """The best IoU of each box with all anchors of its image, all made by detectron2."""
+    features = build_backbone(cfg).output_shape()
+    features = [features[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+    generator = build_anchor_generator(cfg, features)
+    best = []
+    for image in content["images"]:
+        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, "choice")
+        pixels = np.zeros((image["height"], image["width"], 3), np.uint8)
+        transform = resize.get_transform(pixels)
+        tensor = torch.zeros(3, transform.new_h, transform.new_w)
+        padded = ImageList.from_tensors([tensor], 128).tensor.shape
+        maps = [torch.zeros(1, 1, -(-padded[2] // f.stride), -(-padded[3] // f.stride))
+                for f in features]  # fmt: skip
+        boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
+        boxes = BoxMode.convert(np.array(boxes, float), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        iou = pairwise_iou(Boxes(transform.apply_box(boxes)), Boxes.cat(generator(maps)))
+        best.append(iou.amax(dim=1).numpy())
+    return np.concatenate(best)
+
+
+def test_best_anchors_equal_those_among_all_of_detectron2s(own_data):
+    rng = np.random.default_rng(0)
+    images = [
+        {"id": i, "file_name": f"{i}.png", "width": int(w), "height": int(h)}
+        for i, (w, h) in enumerate(rng.integers(40, 200, (6, 2)))
+    ]
+    annotations = []
+    for image in images:
+        size = np.array([image["width"], image["height"]])
+        for _ in range(20):
+            corner = rng.uniform(0, size - 2)
+            extent = rng.uniform(1, size - corner)
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image["id"], "category_id": 1,
+                 "bbox": [*corner.tolist(), *extent.tolist()], "area": 1, "iscrowd": 0}
+            )  # fmt: skip
+    content = {"images": images, "annotations": annotations}
+    for size, longest in ((64, 1333), (200, 256)):
+        cfg, _ = config_of(own_data, "INPUT.MIN_SIZE_TRAIN", f"({size},)")
+        cfg.INPUT.MAX_SIZE_TRAIN = longest
+        assert best_anchor_iou(cfg, content) == pytest.approx(
+            every_anchor_iou(cfg, content), abs=1e-5
+        )
+
+
+def test_records_registered_in_python_are_checked_before_training(own_data, tmp_path):
+    from iou_balanced_d2.data import check_datasets
+
+    record = {
+        "file_name": f"{own_data[1]}/0.png", "image_id": 0, "height": 64, "width": 64,
+        "annotations": [{"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}],
+    }  # fmt: skip
+    cfg, _ = config_of(own_data)
+    cfg.DATASETS.COCO_JSON = ()
+    MetadataCatalog.get("own").thing_classes = ["a", "b"]
+    DatasetCatalog.register("own", lambda: [record])
+    check_datasets(cfg, training=True)
+    record["annotations"][0]["category_id"] = 2
+    with pytest.raises(UserError, match=r"'own': record 0: annotations\[0\]: category_id must be"):
+        check_datasets(cfg, training=True)
+    del record["annotations"][0]["bbox"]
+    with pytest.raises(UserError, match=r"record 0: annotations\[0\] has no 'bbox'"):
+        check_datasets(cfg, training=True)
+    record["file_name"] = "gone.png"
+    with pytest.raises(UserError, match=r"record 0: image 'gone\.png' is not there"):
+        check_datasets(cfg, training=True)
+
+
+def test_advice_says_what_larger_images_and_other_anchors_would_give(own_data, content, caplog):
+    from iou_balanced_d2.data import check_datasets
+
+    content["annotations"][0]["bbox"] = [12, 12, 8, 8]
+    content["annotations"] = content["annotations"][:1]
+    Path(own_data[0]).write_text(json.dumps(content))
+    cfg, _ = config_of(own_data, "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    check_datasets(cfg, training=True)
+    assert "only 0% of the boxes meet an anchor" in caplog.text
+    assert "100% with MODEL.ANCHOR_GENERATOR.SIZES x 0.25" in caplog.text
+    assert "0% at INPUT.MIN_SIZE_TRAIN 96" in caplog.text
+
+
+def test_the_tool_draws_boxes(own_data, tmp_path, monkeypatch, capsys):
+    _, options = config_of(own_data)
+    argv = [
+        "check_dataset.py",
+        "--config-file",
+        CONFIG,
+        "--pictures",
+        str(tmp_path / "p"),
+        *options,
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert check_dataset.main() == 0
+    assert len(list((tmp_path / "p").glob("own_*.jpg"))) == 4
+
+
 def test_the_tool_reports_and_changes_nothing(own_data, content, monkeypatch, capsys):
     content["annotations"][2]["bbox"] = [1, 1, 0, 0]
     Path(own_data[0]).write_text(json.dumps(content))
@@ -137,11 +239,16 @@ def test_the_tool_reports_and_changes_nothing(own_data, content, monkeypatch, ca
         return check_dataset.main(), capsys.readouterr().out
 
     code, out = run()
-    assert code == 0
+    assert code == 1  # for the missing image
     for text in ("4 images", "no area: 1", "annotation 3", "missing image: 1", "anchor recall: "):
         assert text in out
     code, out = run("--quick")
-    assert "missing image" not in out
+    assert code == 1
+    assert "missing image: 1" in out
+    content["images"].pop(3)
+    content["annotations"].pop(3)
+    Path(own_data[0]).write_text(json.dumps(content))
+    assert run()[0] == 0
     assert run("--strict")[0] == 1
     assert sorted(p.read_bytes() for p in Path(own_data[1]).iterdir()) == before
 

@@ -21,7 +21,7 @@ from iou_balanced_d2.data import (
     training_dicts,
 )
 from iou_balanced_d2.data.conversion import register_converted
-from iou_balanced_d2.data.voc import VOC_CLASSES, VocSource, register_voc
+from iou_balanced_d2.data.voc import VOC_CLASSES, VocSource, parse_voc_xml, register_voc
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.model_zoo import get_config_file
@@ -280,6 +280,71 @@ BROKEN = {
         "a.xml: <difficult> must be 0 or 1, got '7'",
     ),
 }  # fmt: skip
+
+
+def encoded(path, encoding, head=""):
+    """A change of one file: the same text in another encoding."""
+
+    def change(folder):
+        file = folder / path
+        file.write_bytes((head + file.read_text()).encode(encoding))
+
+    return change
+
+
+def junk(folder):
+    """What macOS leaves beside each file on foreign disks."""
+    for path in [*folder.glob("Annotations/*.xml"), *folder.glob("JPEGImages/*")]:
+        (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+
+
+LIST, XML = "ImageSets/Main/train.txt", "Annotations/a.xml"
+# What people bring -> the change of the folder; it means what the folder meant.
+HABITS = {
+    "files of macOS": junk,
+    "list with a byte order mark": encoded(LIST, "utf-8-sig"),
+    "list of UTF-16": encoded(LIST, "utf-16"),
+    "list with endings": spoil(LIST, "a.jpg\nb.jpg\n"),
+    "list with folders": spoil(LIST, "JPEGImages/a.jpg\nC:\\photos\\b.jpg\n"),
+    "list of a class": spoil(LIST, "a  1\nb -1\n"),
+    "XML of GB2312": encoded(XML, "gb2312", '<?xml version="1.0" encoding="GB2312"?>'),
+    "XML of Shift JIS": encoded(XML, "shift_jis", "<?xml version='1.0' encoding='Shift_JIS'?>"),
+    "XML with a byte order mark": encoded(XML, "utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("case", HABITS)
+def test_what_people_bring_is_read_as_meant(folder, case):
+    register_voc_folder("own", str(folder), "train")
+    prepare_dataset("own")
+    expected = json.loads(Path(MetadataCatalog.get("own").json_file).read_text())
+    HABITS[case](folder)
+    prepare_dataset("own")
+    assert json.loads(Path(MetadataCatalog.get("own").json_file).read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("", 0), ("False", 0), ("Unspecified", 0), ("no", 0), ("True", 1), ("true", 1), ("yes", 1)],
+)
+def test_difficult_as_tools_write_it(text, value):
+    content = xml((*DOG[:5], text)).encode()
+    assert parse_voc_xml("a.xml", content).objects[0][2] == value
+
+
+def test_all_broken_files_are_named_at_once(folder):
+    for name in "ab":
+        (folder / f"Annotations/{name}.xml").write_text("<annotation>")
+    register_voc_folder("own", str(folder), "train")
+    with pytest.raises(UserError, match=r"a\.xml: not an XML.*; .*b\.xml: not an XML"):
+        prepare_dataset("own")
+
+
+def test_an_unknown_encoding_is_named(folder):
+    (folder / XML).write_bytes(b'<?xml version="1.0" encoding="klingon"?><annotation/>')
+    register_voc_folder("own", str(folder), "train")
+    with pytest.raises(UserError, match=r"a\.xml: not an XML file: .*klingon"):
+        prepare_dataset("own")
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -1,0 +1,335 @@
+"""COCO's instance format as people write it, read into one clean form.
+
+What can be understood is repaired and counted, what can't is refused with its place. A detector of
+boxes needs no more than boxes: segmentations and keypoints are not looked at.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# Above this COCOeval, which keeps ids in float64, takes two ids for one.
+_MAX_ID = 2**53
+_MAX_BYTES = 2**31  # of an unpacked .json.gz
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {
+        "id": (int, str), "file_name": (str,), "height": (int, float), "width": (int, float),
+    },
+    "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
+    "categories": {"id": (int, str), "name": (str,)},
+}  # fmt: skip
+_CROWD = {"0": 0, "1": 1, "false": 0, "true": 1, "none": 0, "null": 0, "": 0}
+
+# What is repaired -> what is done.
+REPAIRS = {
+    "annotation id": "missing, used twice, or no positive whole number: all are numbered anew",
+    "image id": "not all are whole numbers from 0 on: all are numbered anew",
+    "category id": "not all are whole numbers from 0 on: all are numbered anew",
+    "area": "missing, or no positive number: the box's area is taken",
+    "iscrowd": "neither 0 nor 1: read as one of them",
+    "ignore": "objects to be ignored: taken for difficult ones, see DATASETS.VOC_DIFFICULT",
+    "reference": "image_id or category_id is a number in one place and a text in the other",
+    "file_name": "backslashes are taken for slashes",
+}
+
+
+class _Found:
+    """What was repaired (number and first place), and what points to nothing (all places)."""
+
+    def __init__(self, info: Any) -> None:
+        # A clean file, read again, has the account of its making.
+        known = info if isinstance(info, dict) and info.keys() >= {"repairs", "problems"} else {}
+        self.repairs: dict[str, list[Any]] = dict(known.get("repairs", {}))
+        self.problems: dict[str, list[str]] = dict(known.get("problems", {}))
+
+    def repaired(self, kind: str, place: str) -> None:
+        self.repairs.setdefault(kind, [0, place])[0] += 1
+
+
+def load_json(path: str) -> Any:
+    """Read a JSON file: UTF-8 or UTF-16 with or without byte order mark, also packed by gzip.
+
+    Args:
+        path: the file.
+
+    Returns:
+        its content.
+
+    Raises:
+        UserError: if it can't be read, or is no JSON.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            with gzip.open(path) as f:
+                data = f.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise UserError(f"{path}: over {_MAX_BYTES >> 30} GiB when unpacked; unpack it")
+        # (json.loads finds out about UTF-16 and UTF-32, but refuses the mark of UTF-8.)
+        return json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not an annotation file: nested too deeply") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not a JSON file: {error}") from error
+
+
+def read_coco_json(json_file: str) -> dict[str, Any]:
+    """Read annotations in COCO's instance format into a clean form.
+
+    Images have "id", "file_name", "width" and "height"; annotations "id" from 1 on, "image_id" and
+    "category_id" of an image and a category, "bbox" (4 finite or infinite numbers, XYWH pixels),
+    "area", "iscrowd" (0 or 1), and "difficult" (0 or 1) where the file says so; categories "id" and
+    "name". Ids of images and categories are kept if they are whole numbers from 0 on; otherwise
+    they are numbered in the order of the file.
+
+    Args:
+        json_file: its path.
+
+    Returns:
+        the lists "images", "annotations" and "categories", and "info": "repairs", kind in
+        :data:`REPAIRS` -> [number, first place], and "problems", "unknown image" or "unknown
+        category" -> places of annotations that are left out.
+
+    Raises:
+        UserError: if it can't be read, or something in it can't be understood.
+    """
+    try:
+        return clean_coco(load_json(json_file))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(json_file) else f"{json_file}: {text}") from error
+
+
+def clean_coco(content: Any) -> dict[str, Any]:
+    """The clean form of :func:`read_coco_json`.
+
+    Args:
+        content: of a JSON file.
+
+    Returns:
+        new content; what was given is not changed.
+
+    Raises:
+        UserError: with the place of what can't be understood.
+    """
+    _check_form(content)
+    found = _Found(content.get("info"))
+    image_ids = _ids("images", content["images"], found)
+    category_ids = _ids("categories", content["categories"], found)
+    annotations = [
+        annotation
+        for i, raw in enumerate(content["annotations"])
+        if (annotation := _annotation(raw, i, image_ids, category_ids, found))
+    ]
+    _number(annotations, found)
+    return {
+        "info": {"repairs": found.repairs, "problems": found.problems},
+        "images": [_image(raw, i, image_ids, found) for i, raw in enumerate(content["images"])],
+        "annotations": annotations,
+        # In detectron2's order of the classes.
+        "categories": sorted(
+            (
+                {"id": category_ids[_key(raw["id"])], "name": raw["name"]}
+                for raw in content["categories"]
+            ),
+            key=lambda category: category["id"],
+        ),
+    }
+
+
+def class_names(content: dict[str, Any]) -> list[str]:
+    """The classes of clean content, in the order in which detectron2 numbers them."""
+    return [c["name"] for c in content["categories"]]
+
+
+def _check_form(content: Any) -> None:
+    """Make sure that the lists are there, with the fields needed, of the types needed."""
+    for section, fields in _REQUIRED.items():
+        rows = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise UserError(f"not in COCO format: it has no list {section!r}{_looks_like(content)}")
+        for i, row in enumerate(rows):
+            for field, allowed in fields.items():
+                if not isinstance(row, dict) or field not in row:
+                    raise UserError(f"not in COCO format: {section}[{i}] has no {field!r}")
+                if type(row[field]) not in allowed and field != "bbox":
+                    kinds = " or ".join(_KINDS[kind] for kind in allowed)
+                    raise UserError(
+                        f"{section}[{i}]: {field} must be {kinds}, got {_shown(row[field])}"
+                    )
+    for section in ("images", "categories"):
+        if not content[section]:
+            raise UserError(f"the list {section!r} is empty")
+
+
+def _looks_like(content: Any) -> str:
+    """What the file may be instead, with what to do."""
+    first = content[0] if isinstance(content, list) and content else content
+    keys = set(first) if isinstance(first, dict) else set()
+    for needed, what in (
+        ({"image_id", "score", "bbox"}, "these are detections, name the annotations instead"),
+        ({"shapes", "imagePath"}, "this is labelme's"),
+        ({"_via_img_metadata"}, "this is a project of VGG's Image Annotator, export it as COCO"),
+        ({"data", "annotations"}, "this is Label Studio's own JSON, export it as COCO"),
+    ):
+        if needed <= keys:
+            return f" ({what})"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, of bounded length."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of over 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _key(id_: Any) -> Any:
+    """By what an id is looked up: 1 and "1" are two ids."""
+    return (type(id_) is str, id_)
+
+
+def _ids(section: str, rows: list[dict[str, Any]], found: _Found) -> dict[Any, int]:
+    """The number of each id, by :func:`_key`."""
+    keys = Counter(_key(row["id"]) for row in rows)
+    twice = next((key for key, number in keys.items() if number > 1), None)
+    if twice is not None:
+        places = [i for i, row in enumerate(rows) if _key(row["id"]) == twice]
+        raise UserError(
+            f"{section}[{places[0]}] and [{places[1]}] have the same id {_shown(twice[1])}; "
+            "give each its own"
+        )
+    if all(not is_text and 0 <= id_ < _MAX_ID for is_text, id_ in keys):
+        return {key: key[1] for key in keys}
+    kind = {"images": "image id", "categories": "category id"}[section]
+    for i, (is_text, id_) in enumerate(keys):
+        if is_text or not 0 <= id_ < _MAX_ID:
+            found.repaired(kind, f"{section}[{i}]: {_shown(id_)}")
+    return {key: number for number, key in enumerate(keys, start=1)}
+
+
+def _image(raw: dict[str, Any], i: int, ids: dict[Any, int], found: _Found) -> dict[str, Any]:
+    width, height, name = raw["width"], raw["height"], raw["file_name"]
+    if not (1 <= width <= 2**31 and 1 <= height <= 2**31):
+        raise UserError(
+            f"images[{i}]: the size is {_shown(width)} x {_shown(height)}; write the true one"
+        )
+    if not name or "\0" in name:
+        raise UserError(f"images[{i}]: file_name is {_shown(name)}; write the file's name")
+    if "\\" in name:
+        found.repaired("file_name", f"images[{i}]: {name}")
+        name = name.replace("\\", "/")
+    return {
+        "id": ids[_key(raw["id"])], "file_name": name, "width": int(width), "height": int(height),
+    }  # fmt: skip
+
+
+def _annotation(
+    raw: dict[str, Any],
+    i: int,
+    image_ids: dict[Any, int],
+    category_ids: dict[Any, int],
+    found: _Found,
+) -> dict[str, Any] | None:
+    """The clean annotation; None if its image or category is unknown."""
+    image_id = _refer(raw, "image_id", image_ids, i, found)
+    category_id = _refer(raw, "category_id", category_ids, i, found)
+    if image_id is None or category_id is None:
+        return None
+    box = _box(raw["bbox"], i)
+    annotation = {
+        "id": raw.get("id"),
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": box,
+        "area": _area(raw.get("area"), box, i, found),
+        "iscrowd": _flag(raw, "iscrowd", i, found),
+    }
+    difficult = _flag(raw, "difficult", i, found)
+    if _flag(raw, "ignore", i, found) and not annotation["iscrowd"]:
+        found.repaired("ignore", f"annotations[{i}]")
+        difficult = 1
+    return {**annotation, "difficult": 1} if difficult else annotation
+
+
+def _refer(
+    raw: dict[str, Any], field: str, ids: dict[Any, int], i: int, found: _Found
+) -> int | None:
+    """The number of the image or category that an annotation names."""
+    value = raw[field]
+    number = ids.get(_key(value))
+    if number is None:  # 1 for "1", or "1" for 1
+        other = str(value) if type(value) is int and abs(value) < _MAX_ID else value
+        if type(value) is str and value.isascii() and value.isdigit() and len(value) < 20:
+            other = int(value)
+        number = ids.get(_key(other))
+        if number is not None:
+            found.repaired("reference", f"annotations[{i}]: {field} {_shown(value)}")
+        else:
+            kind = "unknown image" if field == "image_id" else "unknown category"
+            place = f"annotations[{i}] (id {_shown(raw.get('id'))}): {field} {_shown(value)}"
+            found.problems.setdefault(kind, []).append(place)
+    return number
+
+
+def _box(value: Any, i: int) -> list[float]:
+    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    if not (numbers and len(value) == 4):
+        raise UserError(
+            f"annotations[{i}]: bbox must be 4 numbers (x, y, width, height), got {_shown(value)}"
+        )
+    # What no float holds is no place in an image.
+    return [v if type(v) is float or abs(v) < _MAX_ID else math.inf for v in value]
+
+
+def _area(value: Any, box: list[float], i: int, found: _Found) -> float:
+    if type(value) in (int, float) and 0 < value < _MAX_ID:
+        return float(value)
+    found.repaired("area", f"annotations[{i}]: {_shown(value)}")
+    area = max(box[2], 0.0) * max(box[3], 0.0)
+    return area if math.isfinite(area) else 0.0
+
+
+def _flag(raw: dict[str, Any], field: str, i: int, found: _Found) -> int:
+    """A field that is 0 or 1, 0 where it is missing."""
+    value = raw.get(field, 0)
+    if type(value) in (int, float, bool) and value in (0, 1):
+        return int(value)
+    text = value.strip().lower() if isinstance(value, str) else "none" if value is None else "?"
+    if text not in _CROWD:
+        raise UserError(f"annotations[{i}]: {field} must be 0 or 1, got {_shown(value)}")
+    found.repaired(
+        "iscrowd" if field == "iscrowd" else "ignore", f"annotations[{i}]: {_shown(value)}"
+    )
+    return _CROWD[text]
+
+
+def _number(annotations: list[dict[str, Any]], found: _Found) -> None:
+    """Number the annotations from 1, unless their ids are good.
+
+    COCOeval writes a detection's match down as the object's id, with 0 for none: a hit on the
+    object 0 would be a miss.
+    """
+    ids = [a["id"] for a in annotations]
+    good = [type(id_) is int and 0 < id_ < _MAX_ID for id_ in ids]
+    seen: set[Any] = set()
+    for i, id_ in enumerate(ids):
+        if not good[i] or id_ in seen:
+            found.repaired("annotation id", f"annotations[{i}]: {_shown(id_)}")
+        if good[i]:
+            seen.add(id_)
+    if "annotation id" in found.repairs:
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number

@@ -1,0 +1,258 @@
+"""Data sets of YOLO's layout, as Ultralytics and Roboflow write it.
+
+    data.yaml             names of the classes, and the images of each split: a folder, a list of
+                          folders, or a text file that lists images; relative to ``path``
+    .../images/<id>.jpg   an image
+    .../labels/<id>.txt   its objects, one a line; no file, or an empty one: no objects
+
+A line is a class index and a box, or a polygon, whose bounds are taken; in shares of the image's
+size, which is that after the turn its EXIF data ask for. (globox and others read boxes only, or
+images of one ending.)
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from ..errors import UserError
+from .conversion import map_all, register_converted, source_digest, stamp
+from .voc import IMAGE_SUFFIXES
+
+_CODE = source_digest(__file__)
+_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
+# A share may be this far outside of 0 to 1 by rounding; clipped.
+_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class YoloSource:
+    """One split of a data.yaml.
+
+    Attributes:
+        path: of the data.yaml.
+        split: "train", "val" or "test".
+    """
+
+    path: str
+    split: str
+
+    @property
+    def folder(self) -> str:
+        """The folder of the data.yaml."""
+        return os.path.dirname(os.path.abspath(self.path))
+
+    @property
+    def image_root(self) -> str:
+        """What the images' file names are relative to."""
+        return self.folder
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Nothing is known before the file is read."""
+        return {}
+
+    def fingerprint(self) -> list[Any]:
+        """The list of images, and each label file's size and time of change."""
+        labels = [label_file(image) for image in self._images()]
+        files = [[file, *stamp(file)] for file in labels if os.path.exists(file)]
+        return [_CODE, *stamp(self.path), self._images(), files]
+
+    def convert(self) -> dict[str, Any]:
+        """The boxes in COCO's format; images and classes are numbered from 1."""
+        names = class_names_of(_read_yaml(self.path), self.path)
+        content: dict[str, Any] = {
+            "info": {},
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+        }
+        images = self._images()
+        read = map_all(partial(_read_image, len(names)), images, len(images), title="YOLO")
+        for image_id, (image, (width, height, boxes)) in enumerate(
+            zip(images, read, strict=True), start=1
+        ):
+            name = os.path.relpath(image, self.image_root)
+            content["images"].append(
+                {"id": image_id, "file_name": name, "width": width, "height": height}
+            )
+            for label, box in boxes:
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": image_id,
+                        "category_id": label + 1,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
+        return content
+
+    def _images(self) -> list[str]:
+        return images_of(_read_yaml(self.path), self.path, self.split)
+
+
+def register_yolo_folder(name: str, path: str, split: str) -> None:
+    """Register a data set of YOLO's layout under ``name``, for DATASETS.TRAIN and DATASETS.TEST.
+
+    Nothing is read before the data set is used. Registering the same set again does nothing.
+
+    Args:
+        name: the data set's name in the config.
+        path: the data.yaml, or the folder that holds it.
+        split: a key of it: "train", "val" or "test".
+
+    Raises:
+        UserError: if the name is taken by another data set.
+    """
+    file = os.path.join(path, "data.yaml") if os.path.isdir(path) else path
+    register_converted(name, YoloSource(file, split), key="DATASETS.YOLO_FOLDER")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not YOLO's data.yaml: it has no keys")
+    return content
+
+
+def class_names_of(content: dict[str, Any], path: str) -> list[str]:
+    """The classes of a data.yaml in their order.
+
+    Args:
+        content: of the file.
+        path: named in errors.
+
+    Returns:
+        ``names``, a list or a mapping of 0, 1, ... to names.
+
+    Raises:
+        UserError: if it is neither, or ``nc`` is another number.
+    """
+    names = content.get("names")
+    if isinstance(names, dict):
+        numbers = {str(key): name for key, name in names.items()}
+        names = [numbers.get(str(i)) for i in range(len(numbers))]
+    if not (isinstance(names, list) and names and None not in names):
+        raise UserError(f"{path}: names must be a list of class names, or 0: name, 1: name, ...")
+    if content.get("nc", len(names)) != len(names):
+        raise UserError(f"{path}: nc is {content['nc']!r}, but names has {len(names)} classes")
+    return [str(name) for name in names]
+
+
+def images_of(content: dict[str, Any], path: str, split: str) -> list[str]:
+    """The images of a split.
+
+    Args:
+        content: of the data.yaml.
+        path: the data.yaml.
+        split: "train", "val" or "test"; Roboflow's folder "valid" is "val".
+
+    Returns:
+        paths, sorted.
+
+    Raises:
+        UserError: if the split, its folder or its images are not there.
+    """
+    places = content.get(split)
+    if not places:
+        splits = [key for key in ("train", "val", "test") if content.get(key)]
+        raise UserError(f"{path}: has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    images: set[str] = set()
+    for place in [places] if isinstance(places, str) else places:
+        images.update(_list_place(_resolve(str(place), content, path)))
+    if not images:
+        raise UserError(f"{path}: split {split!r} has no image in {places!r}")
+    return sorted(images)
+
+
+def _resolve(place: str, content: dict[str, Any], path: str) -> Path:
+    """Where a split's images are; relative to ``path`` of the file, or to the file itself."""
+    here = Path(path).absolute().parent
+    roots = [here / str(content["path"]), here] if content.get("path") else [here]
+    # Roboflow writes "../train/images" for the folder "train" beside the file.
+    candidates = [root / p for root in roots for p in (place, place.removeprefix("../"))]
+    for candidate in candidates:
+        if candidate.exists():
+            return Path(os.path.normpath(candidate))
+    raise UserError(f"{path}: {place!r} not found, looked for {candidates[0]}")
+
+
+def _list_place(place: Path) -> list[str]:
+    if place.is_file():  # a list of images, relative to itself
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
+        return [os.path.normpath(place.parent / line.strip()) for line in lines if line.strip()]
+    return [
+        str(file)
+        for file in place.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
+
+
+def label_file(image: str) -> str:
+    """The label file of an image: "labels" for the last folder "images", and the ending .txt."""
+    folder, name = os.path.split(os.path.splitext(image)[0])
+    parts = folder.split(os.sep)
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        parts[last] = "labels"
+    return os.path.join(os.sep.join(parts), f"{name}.txt")
+
+
+def _read_image(num_classes: int, image: str) -> tuple[int, int, list[tuple[int, list[float]]]]:
+    """An image's width, height and objects (class index, XYWH box in pixels)."""
+    try:
+        with Image.open(image) as file:
+            width, height = file.size
+            if file.getexif().get(_ORIENTATION, 1) in _TURNED:
+                width, height = height, width
+    except Exception as error:  # PIL raises SyntaxError and others on broken files
+        raise UserError(f"{image}: can't be read: {' '.join(str(error).split())}") from error
+    path = label_file(image)
+    if not os.path.exists(path):
+        return width, height, []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            label, (x1, y1, x2, y2) = _parse_line(line, f"{path}, line {number}", num_classes)
+            box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
+            objects.append((label, box))
+    return width, height, objects
+
+
+def _parse_line(line: str, where: str, num_classes: int) -> tuple[int, list[float]]:
+    """Class index and XYXY box in shares of the image."""
+    try:
+        label, *numbers = map(float, line.split())
+    except ValueError as error:
+        raise UserError(f"{where}: must be numbers, got {line.strip()[:60]!r}") from error
+    if not (label.is_integer() and 0 <= label < num_classes):
+        raise UserError(f"{where}: the class must be 0 to {num_classes - 1}, got {label:g}")
+    if len(numbers) == 5:
+        raise UserError(f"{where}: 6 numbers, as predictions have; labels have 5")
+    if len(numbers) == 4:
+        x, y, w, h = numbers
+        edges = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+    elif len(numbers) >= 6 and len(numbers) % 2 == 0:  # a polygon
+        xs, ys = numbers[::2], numbers[1::2]
+        edges = [min(xs), min(ys), max(xs), max(ys)]
+    else:
+        raise UserError(f"{where}: must be a class and a box or polygon, got {line.strip()[:60]!r}")
+    if not all(-_TOLERANCE <= v <= 1 + _TOLERANCE for v in edges if not math.isnan(v)):
+        raise UserError(f"{where}: boxes are in shares of the image, 0 to 1, got {line.strip()!r}")
+    return int(label), [v if math.isnan(v) else min(max(v, 0.0), 1.0) for v in edges]
