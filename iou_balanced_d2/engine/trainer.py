@@ -30,7 +30,7 @@ from ..modeling.test_time_augmentation import DenseDetectorWithTTA
 from .agreement import check_same_data
 from .checkpoint import RobustCheckpointer, write_atomically
 from .ema import WeightsAverage
-from .faults import explained_errors, lost_connection
+from .faults import lost_connection
 from .hooks import evaluation_hooks
 from .logs import let_writers_fail
 from .loss_state import LossState
@@ -109,7 +109,7 @@ class Trainer(DefaultTrainer):
             the results, where TEST.EXPECTED_RESULTS are given; exits with 128 + the signal's number
             on SIGTERM and SIGINT, when a checkpoint is written.
         """
-        with self._signals, explained_errors():
+        with self._signals:
             try:
                 results: dict[str, Any] | None = super().train()
             except Stopped as stopped:
