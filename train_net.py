@@ -3,15 +3,15 @@
 
 python train_net.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml
 
-In several processes with --num-gpus, on several machines with --num-machines, or under torchrun
-or SLURM's srun: docs/distributed.md.
+In several processes with --num-gpus, on several machines with --num-machines, or under torchrun:
+docs/distributed.md.
 """
 
 import sys
+from functools import partial
 
 from iou_balanced_d2.engine import find_placement, launch, main, parse_arguments, prepare
 from iou_balanced_d2.engine.agreement import facts_of
-from iou_balanced_d2.engine.launch import telling_others
 from iou_balanced_d2.errors import UserError, one_line
 
 
@@ -20,11 +20,9 @@ def run() -> int:
     try:
         args = parse_arguments()
         placement = find_placement(args)
-        with telling_others(placement):
-            cfg = prepare(args, placement)
-        return launch(
-            main, (cfg, args), placement, device=cfg.MODEL.DEVICE, facts=facts_of(cfg, args)
-        )
+        cfg = prepare(args, placement)
+        facts = facts_of(cfg, args)
+        return launch(partial(main, cfg), args, placement, device=cfg.MODEL.DEVICE, facts=facts)
     except UserError as error:
         print(f"train_net.py: error: {one_line(error)}", file=sys.stderr)
         return 2

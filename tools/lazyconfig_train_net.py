@@ -19,10 +19,8 @@ from typing import Any
 
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.agreement import flatten
-from iou_balanced_d2.engine.arguments import launch_argument_parser
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
-from iou_balanced_d2.engine.faults import explained_errors
-from iou_balanced_d2.engine.launch import telling_others
+from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
@@ -149,8 +147,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     trainer.register_hooks(build_hooks(cfg, model, checkpointer))
     resume = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    with explained_errors():
-        trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -184,9 +181,8 @@ def run() -> int:
     args = launch_argument_parser().parse_args()
     try:
         placement = find_placement(args)
-        with telling_others(placement):
-            cfg = load(args)
-        return launch(main, (args,), placement, device=cfg.train.device, facts=facts_of(cfg, args))
+        cfg = load(args)
+        return launch(main, args, placement, device=cfg.train.device, facts=facts_of(cfg, args))
     except UserError as error:
         print(f"lazyconfig_train_net.py: error: {one_line(error)}", file=sys.stderr)
         return 2

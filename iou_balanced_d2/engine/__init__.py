@@ -1,10 +1,8 @@
 """Training and evaluation from a config file, in one process or many."""
 
-from .arguments import parse_arguments
 from .config import load_config
-from .launch import launch
-from .main import main, prepare
-from .placement import find_placement
+from .launch import find_placement, launch
+from .main import main, parse_arguments, prepare
 from .trainer import Trainer
 
 __all__ = [

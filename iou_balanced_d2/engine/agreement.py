@@ -1,4 +1,4 @@
-"""What must be the same in all processes of a run, so that they train the same thing."""
+"""What must be the same in all processes of a run: config, versions, training data."""
 
 import argparse
 import hashlib
@@ -26,8 +26,55 @@ _OWN_PATHS = {"DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,)}
 _SHOWN = 3  # differences named in a message
 
 
-class Disagreement(UserError):
-    """What every process of the run raises alike, so that one line of one process will do."""
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compare facts with those of all other processes; each process must call this.
+
+    Args:
+        facts: by name.
+
+    Raises:
+        UserError: in every process, naming the first that differs from rank 0 and in what.
+    """
+    gathered = comm.all_gather((socket.gethostname(), dict(facts)))
+    base_host, base = gathered[0]
+    for rank, (host, others) in enumerate(gathered):
+        keys = [k for k in {**base, **others} if base.get(k) != others.get(k)]
+        if keys:
+            shown = "; ".join(
+                f"{k} is {others.get(k, 'unknown')} there, {base.get(k, 'unknown')} here"
+                for k in keys[:_SHOWN]
+            )
+            more = f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
+            raise UserError(
+                f"rank {rank} on {host} disagrees with rank 0 on {base_host}: {shown}{more}"
+            )
+
+
+def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
+    """Compare the training data of all processes; each process must call this.
+
+    Args:
+        dicts: detectron2's dataset dicts, in the order they are drawn in; of paths only the files'
+            names count.
+
+    Raises:
+        UserError: in every process, if the images or their boxes differ anywhere.
+    """
+    if comm.get_world_size() == 1:
+        return
+    names, boxes = hashlib.sha256(), hashlib.sha256()
+    for d in dicts:
+        names.update(os.path.basename(d["file_name"]).encode() + b"\0")
+        for a in d.get("annotations", ()):
+            values = [*a["bbox"], a["category_id"], a.get("iscrowd", 0)]
+            boxes.update(np.asarray(values, dtype=np.float64).tobytes())
+    facts = {
+        "number of training images": len(dicts),
+        "number of boxes": sum(len(d.get("annotations", ())) for d in dicts),
+        "digest of the image files' names": names.hexdigest()[:12],
+        "digest of boxes and classes": boxes.hexdigest()[:12],
+    }
+    check_same({name: str(value) for name, value in facts.items()})
 
 
 def versions() -> dict[str, str]:
@@ -54,23 +101,21 @@ def _sources() -> dict[str, Path]:
 
 
 def facts_of(cfg: CfgNode, args: argparse.Namespace) -> dict[str, str]:
-    """What must be the same in all processes of a run, by name: config and what is done with it."""
-    return {"--eval-only": str(args.eval_only), **flat_config(cfg)}
-
-
-def flat_config(cfg: CfgNode) -> dict[str, str]:
-    """A config as text by key, without what may differ from host to host.
+    """What all processes must be about to do alike: ``--eval-only`` and the config.
 
     Args:
         cfg: the full config.
+        args: with eval_only.
 
     Returns:
-        the keys joined by dots; OUTPUT_DIR, MODEL.WEIGHTS and the paths of data sets are left out.
+        the config's values as text, by keys joined by dots, without OUTPUT_DIR, MODEL.WEIGHTS and
+        the paths of data sets, which may differ from host to host.
     """
     flat = flatten(cfg)
     for key, places in _OWN_PATHS.items():
         flat[key] = [[x for i, x in enumerate(e) if i not in places] for e in flat.get(key, ())]
-    return {key: str(value) for key, value in flat.items() if key not in _OWN_KEYS}
+    config = {key: str(value) for key, value in flat.items() if key not in _OWN_KEYS}
+    return {"--eval-only": str(args.eval_only), **config}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -80,68 +125,3 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         below = isinstance(value, Mapping)
         flat |= flatten(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
     return flat
-
-
-def difference(facts: Sequence[Mapping[str, str]]) -> str:
-    """The first differences from rank 0, of the first rank that has any.
-
-    Args:
-        facts: of each rank, by name; "host" is where it runs, and not compared.
-
-    Returns:
-        one line; "" if all are the same.
-    """
-    base = facts[0]
-    for rank, others in enumerate(facts):
-        keys = [k for k in {**base, **others} if k != "host" and base.get(k) != others.get(k)]
-        if keys:
-            shown = "; ".join(
-                f"{k} is {others.get(k, 'unknown')} there, {base.get(k, 'unknown')} here"
-                for k in keys[:_SHOWN]
-            )
-            more = f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
-            return (
-                f"rank {rank} on {others['host']} disagrees with rank 0 on {base['host']}: "
-                f"{shown}{more}"
-            )
-    return ""
-
-
-def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
-    """Compare the training data of all processes; each must call this once.
-
-    Args:
-        dicts: detectron2's dataset dicts, in the order they are drawn in; of paths only the files'
-            names count.
-
-    Raises:
-        UserError: in every process, if the images or their boxes differ anywhere.
-    """
-    if comm.get_world_size() == 1:
-        return
-    told = comm.all_gather((socket.gethostname(), _data_facts(dicts)))
-    base_host, base = told[0]
-    for rank, (host, facts) in enumerate(told):
-        for name in base:
-            if facts[name] != base[name]:
-                raise Disagreement(
-                    f"rank {rank} on {host} has other training data than rank 0 on {base_host}: "
-                    f"{name}: {facts[name]} there, {base[name]} here"
-                )
-
-
-def _data_facts(dicts: Sequence[dict[str, Any]]) -> dict[str, str]:
-    names, boxes = hashlib.sha256(), hashlib.sha256()
-    count = 0
-    for d in dicts:
-        names.update(os.path.basename(d["file_name"]).encode() + b"\0")
-        for a in d.get("annotations", ()):
-            values = [*a["bbox"], a["category_id"], a.get("iscrowd", 0)]
-            boxes.update(np.asarray(values, dtype=np.float64).tobytes())
-            count += 1
-    return {
-        "number of images": str(len(dicts)),
-        "names of image files (digest)": names.hexdigest()[:12],
-        "number of boxes": str(count),
-        "boxes and classes (digest)": boxes.hexdigest()[:12],
-    }

@@ -92,14 +92,13 @@ def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
         detector.check_weights(cfg)
 
 
-def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int, started: bool = False) -> None:
+def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
     """Check the number of processes against the machine and the batch.
 
     Args:
         cfg: the full config.
         num_gpus: processes of each machine.
         num_machines: machines.
-        started: whether this is one of those processes, rather than what starts them.
 
     Raises:
         UserError: naming the flag or key.
@@ -107,10 +106,8 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int, started: boo
     world_size, batch = max(num_gpus, 1) * num_machines, cfg.SOLVER.IMS_PER_BATCH
     if cfg.MODEL.DEVICE.startswith("cuda"):
         devices = torch.cuda.device_count()
-        # srun may show each of its processes one GPU only, which is that process's own.
-        if num_gpus > devices and not (started and devices == 1):
-            asked = f"{num_gpus} processes" if started else f"--num-gpus {num_gpus}"
-            raise UserError(f"{asked}, but this machine has {devices} GPU(s) to use")
+        if num_gpus > devices:
+            raise UserError(f"--num-gpus {num_gpus}, but this machine has {devices} GPU(s) to use")
         if ":" in cfg.MODEL.DEVICE and world_size > 1:
             raise UserError(
                 f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is one GPU, but {world_size} processes need "

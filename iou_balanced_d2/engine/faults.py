@@ -29,14 +29,7 @@ _LOST = re.compile(
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """What a user can mend or has to know of an error, in one line.
-
-    Args:
-        error: whatever ended a run.
-
-    Returns:
-        the line as an error, or None for what only a traceback explains.
-    """
+    """Explain an error to the user in one line; None if only its traceback explains it."""
     if isinstance(error, UserError):
         return UserError(one_line(error))
     if reason := lost_connection(error):
@@ -58,6 +51,8 @@ def lost_connection(error: BaseException) -> str:
         the first line of PyTorch's message, without the place in its source, and what NCCL gives
         as its last error.
     """
+    if isinstance(error, UserError):
+        return lost_connection(error.__cause__) if error.__cause__ else ""
     is_lost = isinstance(error, _distributed_errors()) or (
         type(error) is RuntimeError and _LOST.search(str(error))
     )
@@ -127,16 +122,20 @@ def _frames(trace: TracebackType | None) -> list[FrameType]:
 
 
 @contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
-    """Let detectron2's training loop log tracebacks only of errors that are no user's."""
-    log = logging.getLogger("detectron2.engine.train_loop")
+def user_errors() -> Iterator[None]:
+    """A context whose errors are UserErrors wherever :func:`user_error` explains them.
 
-    def is_unexplained(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return error is None or user_error(error) is None
-
-    log.addFilter(is_unexplained)
+    From then on detectron2's training loop logs tracebacks of other errors only.
+    """
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_unexplained)
     try:
         yield
-    finally:
-        log.removeFilter(is_unexplained)
+    except Exception as error:
+        if explained := user_error(error):
+            raise explained from error
+        raise
+
+
+def _is_unexplained(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or user_error(error) is None

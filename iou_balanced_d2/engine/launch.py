@@ -1,194 +1,244 @@
-"""Start the processes of a run, or be one of them; end as a single process would."""
+"""Processes of a run: started here by PyTorch's elastic agent, or by torchrun."""
 
-import atexit
+import argparse
+import logging
+import math
+import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from torch.distributed import PrefixStore, distributed_c10d
+from torch.distributed import distributed_c10d
 
-from ..errors import UserError, one_line
-from .agreement import Disagreement, versions
-from .children import Children
-from .faults import user_error
-from .meeting import abandon, agree, linger
-from .placement import Placement
-from .rendezvous import choose_interface, find_store, open_store
+from ..errors import UserError
+from .agreement import check_same, versions
+from .faults import lost_connection, user_errors
 
-# Seconds that telling the others that this process can't start may take: to reach the store, which
-# may not be open yet, and (under torchrun) until rank 0 is there.
-_CONNECTING = 3.0
-_ENTERING = 30.0
+Main = Callable[[argparse.Namespace], object]
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds in which the agent notices which process ended first; a killed process's data workers
+# hide its end from the agent for 5 seconds.
+_NOTICED = 10.0
+_SHUTDOWN = "300"  # seconds to write a checkpoint after a signal
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many processes a run has, and where."""
+
+    local_size: int  # processes on each machine
+    num_machines: int
+    machine_rank: int
+    started: bool  # whether this process is one of them, rather than the one that starts them
+
+
+def find_placement(args: argparse.Namespace) -> Placement:
+    """Read torchrun's environment variables, or else detectron2's flags.
+
+    Args:
+        args: with detectron2's num_gpus, num_machines, machine_rank and dist_url, and dist_timeout.
+
+    Returns:
+        the placement.
+
+    Raises:
+        UserError: naming the flag that is wrong.
+    """
+    local_size, machines, machine = max(args.num_gpus, 1), args.num_machines, args.machine_rank
+    if args.dist_timeout <= 0:
+        raise UserError(f"--dist-timeout {args.dist_timeout:g} must be more than 0 seconds")
+    if all(key in os.environ for key in _TORCHRUN):
+        rank, size, _, local = (int(os.environ[key]) for key in _TORCHRUN[:4])
+        found = Placement(local, size // local, rank // local, started=True)
+        if local_size not in (1, local) or machines not in (1, found.num_machines):
+            raise UserError(
+                f"torchrun has started {found.num_machines} x {local} processes: leave out "
+                "--num-gpus and --num-machines"
+            )
+        return found
+    if machines < 1 or not 0 <= machine < machines:
+        raise UserError(f"--machine-rank {machine} must be in 0..{machines - 1} (--num-machines)")
+    if machines > 1 and args.dist_url == "auto":
+        raise UserError(
+            f"--num-machines {machines} needs --dist-url tcp://HOST:PORT, the address of the "
+            "machine with --machine-rank 0 and a free port there, the same on every machine"
+        )
+    _endpoint(args.dist_url)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if machines == 1 and tasks != "1":  # they would all write to one OUTPUT_DIR
+        raise UserError(
+            f"srun has started this command {tasks} times: start torchrun once on each node, "
+            "srun --ntasks-per-node 1 torchrun ... (docs/distributed.md)"
+        )
+    return Placement(local_size, machines, machine, started=False)
+
+
+def _endpoint(url: str) -> str:
+    """HOST:PORT of --dist-url; for "auto" a free port of this machine."""
+    if url == "auto":
+        return "127.0.0.1:0"
+    if re.fullmatch(r"tcp://[^/]+:\d+", url):
+        return url.removeprefix("tcp://")
+    raise UserError(f"--dist-url {url!r} must be tcp://HOST:PORT")
 
 
 def launch(
-    main: Callable[..., object],
-    args: tuple[Any, ...],
+    main: Main,
+    args: argparse.Namespace,
     placement: Placement,
     *,
     device: str,
     facts: Mapping[str, str],
 ) -> int:
-    """Run a function in each process that is this one's to start, or in this one itself.
+    """Run a function in every process of the run: in those started here, or in this one.
 
     Args:
-        main: a function of a module, as processes import it anew.
-        args: its arguments, picklable.
+        main: picklable, called with args.
+        args: with resume, and what :func:`find_placement` needs.
         placement: from :func:`find_placement`.
         device: MODEL.DEVICE; it decides between NCCL and gloo.
         facts: what must be the same in all processes, by name.
 
     Returns:
-        the exit code; what went wrong in a started process has been printed.
+        the exit code. The error of a started process has been printed.
 
     Raises:
-        UserError: of whichever process came to it first.
+        UserError: of the process that failed first.
     """
-    if placement.world_size == 1:
-        explained(main, *args)
-        return 0
-    store = open_store(placement) if placement.opens_store else None  # lives until the end
-    if store is not None:
-        placement = replace(placement, port=store.port)
-    if placement.local_rank is None:
-        return Children(work, placement, (main, args, device, facts)).wait()
-    try:
-        work(placement.local_rank, placement, main, args, device, facts)
-    except Disagreement:
-        if placement.local_rank == 0:
-            raise
-        return 2  # one line a machine will do
+    with user_errors():
+        if placement.local_size * placement.num_machines == 1:
+            main(args)
+        elif placement.started:
+            _work(main, args, placement, device, facts)
+        else:
+            return _start(main, args, placement, device, facts)
     return 0
 
 
-@contextmanager
-def telling_others(placement: Placement) -> Iterator[None]:
-    """A context for what is checked before :func:`launch`: its UserError ends the others, too.
-
-    Args:
-        placement: from :func:`find_placement`.
-    """
-    try:
-        yield
-    except UserError as error:
-        on_others = placement.world_size - (
-            placement.local_size if placement.local_rank is None else 1
-        )
-        if on_others and not _tell(placement, one_line(error)) and placement.local_rank:
-            sys.exit(2)  # it has been told already
-        raise
-
-
-def _tell(placement: Placement, reason: str) -> bool:
-    """Tell the others why this process can't start; whether it is the first to do so."""
-    rank = placement.rank(placement.local_rank or 0)
-    server = None
-    try:
-        if placement.opens_store:
-            server = open_store(placement)
-            placement = replace(placement, port=server.port)
-        found = find_store(replace(placement, timeout=min(placement.timeout, _CONNECTING)))
-        hasty = replace(placement, timeout=min(placement.timeout, _ENTERING))
-        first, store = abandon(found, hasty, rank, reason)
-    except UserError:
-        return True  # not there yet: they will wait
-    if server is not None:
-        atexit.register(linger, store, placement, server)  # when the line has been printed
-    return first
-
-
-def work(*args: Any) -> None:
-    """Be one process of several; what a user can mend is raised as UserError.
-
-    Args:
-        args: of :func:`_take_part`.
-    """
-    explained(_take_part, *args)
-
-
-def _take_part(
-    local_rank: int,
+def _start(
+    main: Main,
+    args: argparse.Namespace,
     placement: Placement,
-    main: Callable[..., object],
-    args: tuple[Any, ...],
+    device: str,
+    facts: Mapping[str, str],
+) -> int:
+    """Start this machine's processes and wait for their end."""
+    # Here, as the processes themselves don't need them.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
+        agent = logging.getLogger(f"torch.{name}")  # it logs every failure, at length
+        agent.addHandler(logging.NullHandler())
+        agent.propagate = False
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // placement.local_size)))
+    size = placement.local_size * placement.num_machines
+    with tempfile.TemporaryDirectory(prefix="iou_balanced_d2_") as folder:
+        config = LaunchConfig(
+            min_nodes=placement.num_machines,
+            max_nodes=placement.num_machines,
+            nproc_per_node=placement.local_size,
+            run_id="iou_balanced_d2",
+            rdzv_backend="c10d" if args.dist_url == "auto" else "static",
+            rdzv_endpoint=_endpoint(args.dist_url),
+            rdzv_configs={"rank": placement.machine_rank, "timeout": math.ceil(args.dist_timeout)},
+            local_addr="127.0.0.1" if args.dist_url == "auto" else None,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, _work)(main, args, placement, device, facts)
+        except ChildFailedError as error:
+            return _tell(*error.get_first_failure(), size)
+        except SignalException as stopped:
+            for child in multiprocessing.active_children():  # a further signal came meanwhile
+                child.kill()
+            for file in Path(folder).rglob("error.json"):  # e.g. the checkpoint can't be written
+                return _tell(0, ProcessFailure(0, 0, 1, str(file)), size)
+            return 128 + stopped.sigval
+        except RuntimeError as error:
+            if reason := lost_connection(error):
+                raise UserError(f"no meeting at --dist-url {args.dist_url}: {reason}") from error
+            raise
+    return 0
+
+
+def _tell(rank: int, failure: Any, size: int) -> int:
+    """Say why a process ended; the exit code."""
+    if isinstance(failure.message, dict):  # an exception
+        text = failure.message["message"]
+        if text.startswith("UserError: "):
+            raise UserError(text.removeprefix("UserError: "))
+        print(failure.message["extraInfo"]["py_callstack"], file=sys.stderr, end="")
+        return 1
+    if failure.exitcode > 0:  # it has said why
+        return failure.exitcode
+    killed = failure.signal_name()
+    hint = " (the kernel does that when memory runs out)" if killed == "SIGKILL" else ""
+    print(
+        f"{os.path.basename(sys.argv[0])}: error: process {rank} of {size} was killed by "
+        f"{killed}{hint}; --resume goes on from the last checkpoint",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _work(
+    main: Main,
+    args: argparse.Namespace,
+    placement: Placement,
     device: str,
     facts: Mapping[str, str],
 ) -> None:
-    """Find the other processes, agree with them, run.
-
-    Args:
-        local_rank: this process's number on its machine.
-        placement: all processes.
-        main: what to run.
-        args: its arguments.
-        device: MODEL.DEVICE.
-        facts: what must be the same in all processes, by name.
-
-    Raises:
-        UserError: if the processes don't find each other or don't agree, or main's own.
-    """
-    cuda = device.startswith("cuda")
-    if cuda:  # srun may show each process a GPU of its own only
-        torch.cuda.set_device(local_rank if torch.cuda.device_count() > 1 else 0)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // placement.local_size))
-    rank = placement.rank(local_rank)
-    store = agree(find_store(placement), placement, rank, {**versions(), **facts})
-    choose_interface(placement)
-    _join(PrefixStore("group", store), placement, rank, "nccl" if cuda else "gloo")
-    try:
-        main(*args)
-        comm.synchronize()  # none may take the store away while another needs it
-    except SystemExit:
+    """Be one of several processes."""
+    if not placement.started:
+        os.setpgid(0, 0)  # Ctrl-C goes to a terminal's process group, and the agent hands it on
+    # For data workers: started by "spawn", as this process may be, each would import everything.
+    multiprocessing.set_start_method("fork", force=True)
+    with user_errors():
+        try:
+            _join(placement.local_size, device, timedelta(seconds=args.dist_timeout))
+            counts = {"--num-gpus": placement.local_size, "--num-machines": placement.num_machines}
+            check_same({**{k: str(n) for k, n in counts.items()}, **versions(), **facts})
+            restarts = comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+            args.resume = args.resume or any(restarts)  # each agent counts its own
+            main(args)
+        except SystemExit:
+            dist.destroy_process_group()
+            raise
+        except Exception as error:
+            if lost_connection(error):  # let the agent report the process that ended first
+                time.sleep(_NOTICED)
+            raise  # the group may wait for processes that are gone: it ends with this process
         dist.destroy_process_group()
-        raise
-    # After an error a group may wait for processes that are gone: it ends with the process.
-    dist.destroy_process_group()
 
 
-def _join(store: dist.Store, placement: Placement, rank: int, backend: str) -> None:
+def _join(local_size: int, device: str, timeout: timedelta) -> None:
     """Make the process groups that detectron2 knows, each with the run's time-out."""
-    timeout = timedelta(seconds=placement.timeout)
-    # What groups get that are made without one, such as detectron2's own for gloo.
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # For groups made without a time-out, such as detectron2's own for gloo.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=placement.world_size, timeout=timeout
-    )
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(placement.local_size)
-    else:  # detectron2 0.6, whose own launch does this
-        for machine in range(placement.num_machines):
-            first = machine * placement.local_size
-            group = dist.new_group(list(range(first, first + placement.local_size)))
-            if machine == placement.machine_rank:
-                comm._LOCAL_PROCESS_GROUP = group
-    comm.synchronize()
-
-
-def explained(main: Callable[..., object], *args: Any) -> None:
-    """Call a function; what a user can mend is raised as UserError, whatever it was.
-
-    Args:
-        main: the function.
-        args: its arguments.
-
-    Raises:
-        UserError: e.g. for memory or a disk that is full.
-    """
-    try:
-        main(*args)
-    except UserError:
-        raise
-    except Exception as error:
-        if told := user_error(error):
-            raise told from error
-        raise
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    # As detectron2's launch does, whose function for it differs between versions.
+    for first in range(0, dist.get_world_size(), local_size):
+        group = dist.new_group(list(range(first, first + local_size)))
+        if first <= dist.get_rank() < first + local_size:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -3,20 +3,21 @@
 import argparse
 import logging
 import os
-import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..analysis.alignment_report import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
+from ..errors import UserError
 from ..projects import import_projects
-from .checkpoint import RobustCheckpointer, checkpoint_files
+from .checkpoint import RobustCheckpointer
 from .checks import (
     check_launch,
     check_model,
@@ -26,18 +27,76 @@ from .checks import (
     warn_linear_rule,
 )
 from .config import choose_device, load_config
-from .placement import Placement
+from .launch import Placement
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+def launch_argument_parser() -> argparse.ArgumentParser:
+    """detectron2's flags, without a port that two runs would share, and --dist-timeout."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    actions = {action.dest: action for action in parser._actions}
+    actions["num_gpus"].help = "number of GPUs *per machine*; on a CPU that of processes"
+    actions[
+        "dist_url"
+    ].help = (
+        "tcp://HOST:PORT where machines meet: the one with --machine-rank 0, and a free port there"
+    )
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long processes wait for each other, at the start and in every exchange "
+        "(default: 600)",
+    )
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse detectron2's flags, then KEY VALUE pairs.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        detectron2's namespace; ``opts`` holds the KEY VALUE pairs.
+
+    Raises:
+        UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
+            without value, or no --config-file.
+    """
+    parser = launch_argument_parser()
+    parser.add_argument(
+        "--check-dataset",
+        action="store_true",
+        help="read every image of the data sets before anything else (the annotations of data "
+        "sets of one's own are checked in any case)",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load checkpoints that hold other Python objects than tensors, arrays and plain "
+        "containers: reading them can run code, so only files whose origin you trust",
+    )
+    args = parser.parse_args(argv)
+    for word in args.opts:
+        if word.startswith("--"):
+            raise UserError(f"{word} must stand before the KEY VALUE options ({args.opts[0]} ...)")
+    if len(args.opts) % 2:
+        raise UserError(f"KEY VALUE options come in pairs, but {args.opts[-1]!r} is left over")
+    if not args.config_file:
+        raise UserError("--config-file is required, e.g. one of those in configs/")
+    return args
 
 
 def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     """Build and check the config in the launching process; writes nothing before all is well.
 
     Args:
-        args: from :func:`parse_arguments`; ``resume`` is set where torchrun has restarted the
-            processes and there is a checkpoint of this run.
+        args: from :func:`parse_arguments`.
         placement: from :func:`find_placement`.
 
     Returns:
@@ -49,41 +108,14 @@ def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
     check_model(cfg)
-    check_launch(
-        cfg,
-        num_gpus=placement.local_size,
-        num_machines=placement.num_machines,
-        started=placement.local_rank is not None,
-    )
+    check_launch(cfg, num_gpus=placement.local_size, num_machines=placement.num_machines)
     check_training(cfg)
     if placement.machine_rank == 0:  # the others get the weights from there
-        if placement.restarts and not args.resume:
-            args.resume = has_checkpoint_since(cfg.OUTPUT_DIR, start_of_process(os.getppid()))
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
     check_output_dir(cfg)
     cfg.freeze()
     return cfg
-
-
-def has_checkpoint_since(folder: str, when: float) -> bool:
-    """Whether the checkpoint that would be resumed from was written after some moment.
-
-    Args:
-        folder: OUTPUT_DIR.
-        when: seconds since the epoch.
-    """
-    newest = checkpoint_files(folder)[:1]
-    return any(os.path.exists(file) and os.path.getmtime(file) >= when for file in newest)
-
-
-def start_of_process(pid: int) -> float:
-    """When a process was started, in seconds since the epoch (on Linux, see proc(5))."""
-    with open(f"/proc/{pid}/stat") as stat:
-        ticks = int(stat.read().rpartition(")")[2].split()[19])
-    # Not by /proc/uptime, which in some containers is that of the container.
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
 
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -96,7 +128,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     Returns:
         the evaluation's results, where there are any.
     """
-    # From detectron2's anchor generator: nothing a user could mend.
+    # From detectron2's anchor generator.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     # A launched process starts without what the launching one registered.
     import_projects()

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds within which two signals of a kind are one: what ends a job may send it to a process and
-# to its group (timeout), or to all processes of a job, of which one hands it on (SLURM).
+# Seconds within which two signals of a kind are one: `timeout` sends one to a process and one to
+# its group, and a launching process hands on what its processes may get as well.
 ONE_SIGNAL = 1.0
 # Whether a training is under way: one byte shared with the data workers, which are forked.
 _training = mmap.mmap(-1, 1)
@@ -25,12 +25,7 @@ class Stopped(BaseException):
     """Ends the training loop. No Exception: it's no error, and nothing should catch it as one."""
 
     def __init__(self, signum: int, *, together: bool = False):
-        """Keep what for.
-
-        Args:
-            signum: the signal's number.
-            together: whether every process stops here, so that they can wait for each other.
-        """
+        """Set the signal, and whether all processes stop here and so can wait for each other."""
         super().__init__(signum)
         self.signum = signum
         self.together = together
@@ -39,9 +34,8 @@ class Stopped(BaseException):
 class StopSignals:
     """A context that catches SIGTERM and SIGINT; a later one of the same kind ends at once.
 
-    (Later by a second. Of the same kind, as the end of a launching process sends SIGINT to those it
-    launched, after the SIGTERM that has ended it.) Once the training is being stopped no signal
-    disturbs it.
+    (Later by a second. Of the same kind, as the end of a launching process sends its processes
+    SIGINT, after the SIGTERM that ended it.) While a checkpoint is written signals are ignored.
 
     Attributes:
         received: the signal that has come to this process.
@@ -89,7 +83,7 @@ class StopSignals:
                 raise Stopped(signum)
 
     def ignore(self) -> None:
-        """From here on what is under way comes to its end, whatever is sent."""
+        """Ignore signals from here on."""
         self._ignored = True
 
     def check(self) -> None:

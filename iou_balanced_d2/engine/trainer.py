@@ -31,7 +31,7 @@ from ..files import remove_unfinished, write_atomically
 from ..modeling import DenseDetectorWithTTA
 from .agreement import check_same_data
 from .checkpoint import LossState, RobustCheckpointer
-from .faults import explained_errors, lost_connection
+from .faults import lost_connection
 from .hooks import FaultTolerantWriter, evaluation_hooks
 from .optimizer import WeightsAverage, build_optimizer
 from .signals import Stopped, outlive_in_worker
@@ -108,7 +108,7 @@ class Trainer(DefaultTrainer):
             the results, where TEST.EXPECTED_RESULTS are given; exits with 128 + the signal's number
             on SIGTERM and SIGINT, when a checkpoint is written.
         """
-        with self._signals, explained_errors():
+        with self._signals:
             try:
                 results: dict[str, Any] | None = super().train()
             except Stopped as stopped:

@@ -32,6 +32,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_everything_at_once_in_two_processes(tmp_path, own_config, one_image):
     """The results that are expected are not reached: exit code 1, and no other story than that."""
     words = ["--num-gpus", 2, "--dist-timeout", 120, "--config-file", own_config]

@@ -187,7 +187,7 @@ def test_an_unreadable_image_of_one_rank_stops_both(own_config):
 
 
 def test_signals_to_one_rank_stop_both_where_nothing_is_lost(own_config):
-    """In a step both stop after it; then in an evaluation, where rank 0 loses the other."""
+    """In a step both stop after it; in an evaluation the agent then stops rank 0 as well."""
     words = ("SOLVER.MAX_ITER", 8, "TEST.EVAL_PERIOD", 5, "SOLVER.CHECKPOINT_PERIOD", 100)
     folder = own_config.parent / "out"
     code, out, err = run("signal_in_a_step", own_config, *words)
@@ -198,10 +198,8 @@ def test_signals_to_one_rank_stop_both_where_nothing_is_lost(own_config):
 
     code, out, err = run("signal_in_an_evaluation", own_config, "--resume", *words)
     assert "Starting training from iteration 3" in out
-    assert code == 2, err
-    (line,) = errors(err)
-    assert "lost the connection to another process in an evaluation" in line
-    assert "iteration 4 is saved" in line
+    assert code == 128 + signal.SIGTERM, err
+    assert not errors(err)
     assert "Traceback" not in out + err
     assert (folder / "last_checkpoint").read_text() == "model_0000004.pth"
     saved = state(folder / "model_0000004.pth")

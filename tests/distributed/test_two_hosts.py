@@ -137,7 +137,8 @@ def write_host(folder):
 def environment():
     """Without what the machine may set for launching."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "GLOO_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**kept, **own, "GLOO_SOCKET_IFNAME": "eth0"}  # the hosts' names lead nowhere
 
 
 def train_alone(folder, *words):
@@ -323,6 +324,7 @@ def test_a_killed_process_ends_the_run_on_both_hosts(machines, lone):
     assert "process 3 of 4 was killed by SIGKILL" in error_of(machines[1])
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_the_run_on_both_hosts(network, machines, lone):
     shutil.copy(lone / "initial.pth", machines[0].folder)
     by_flags(machines, *ENDLESS, timeout=12)
@@ -335,23 +337,14 @@ def test_a_cut_cable_ends_the_run_on_both_hosts(network, machines, lone):
 
 def test_hosts_of_different_configs_do_not_start(machines, lone):
     shutil.copy(lone / "initial.pth", machines[0].folder)
-    by_flags(machines, other=["SOLVER.BASE_LR", 0.5])
+    batch = ["SOLVER.IMS_PER_BATCH", 12]
+    by_flags(machines, *batch, other=["SOLVER.BASE_LR", 0.5], num_machines=(2, 3))
     assert ends(machines, within=PATIENCE_TO_START) == [2, 2], [m.printed for m in machines]
     for machine in machines:
         assert error_of(machine).endswith(
             "rank 2 on host-b disagrees with rank 0 on host-a: "
-            "SOLVER.BASE_LR is 0.5 there, 0.001 here"
+            "--num-machines is 3 there, 2 here; SOLVER.BASE_LR is 0.5 there, 0.001 here"
         )
-
-
-def test_hosts_of_different_numbers_of_machines_do_not_start(machines, lone):
-    shutil.copy(lone / "initial.pth", machines[0].folder)
-    by_flags(machines, "SOLVER.IMS_PER_BATCH", 6, processes=1, num_machines=(2, 3))
-    assert ends(machines, within=PATIENCE_TO_START) == [2, 2], [m.printed for m in machines]
-    for machine in machines:
-        assert re.search(r"rank \d on host-. disagrees with rank \d on host-.", error_of(machine))
-        assert "2 (2 x 1)" in error_of(machine)
-        assert "3 (3 x 1)" in error_of(machine)
 
 
 def fcos_step(images, wrap=lambda model: model):
