@@ -82,3 +82,8 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8 by :func:`write_atomically`."""
+    write_atomically(path, lambda f: f.write(text.encode()))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iou_balanced_d2.analysis.alignment_report import dataset_files, write_alignment_report
+from iou_balanced_d2.analysis.alignment import dataset_files, write_alignment_report
 from iou_balanced_d2.data import register_datasets_of
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -72,8 +72,14 @@ def sources_of_runs(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
             results = folder / "inference" / data_set / RESULTS
             if not results.is_file():
                 raise UserError(f"{results} not found: evaluate with train_net.py --eval-only")
-            source = sources.setdefault(data_set, {**dataset_files(data_set), "detections": {}})
+            files = {**dataset_files(data_set), "difficult": cfg.DATASETS.VOC_DIFFICULT}
+            source = sources.setdefault(data_set, {**files, "detections": {}})
             source["detections"][run_name] = str(results)
+            if source["difficult"] != files["difficult"]:
+                raise UserError(
+                    f"{folder}: DATASETS.VOC_DIFFICULT is {files['difficult']!r}, but the first "
+                    f"run's is {source['difficult']!r}"
+                )
     for data_set, source in sources.items():
         missing = runs.keys() - source["detections"].keys()
         if missing:

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of a comparison of two runs, on drawn results of the size of COCO's val2017.
 
-Two runs of 5,000 images with 100 detections each, 80 classes. Matching runs in processes of their
-own, whose memory is counted as well; drawing the case is not timed.
+Two runs of 5,000 images with 100 detections each, 80 classes. Drawing the case is not timed.
 
 python tools/benchmark_comparison.py --output output/benchmark_comparison.json
 """
@@ -19,7 +18,7 @@ import numpy as np
 from benchmark_evaluation import draw_case
 from benchmarking import in_own_process, report
 
-from iou_balanced_d2.analysis import comparison as steps
+from iou_balanced_d2.analysis.comparison import compare_sides
 
 
 def write_case(folder: Path, *case: int) -> None:
@@ -38,17 +37,19 @@ def measure(folder: str, resamples: int) -> dict[str, Any]:
     sides = {name: [f"{folder}/{name}.json"] for name in ("a", "b")}
     truth = {"drawn": f"{folder}/ground_truth.json"}
     start = time.perf_counter()
-    comparison = steps.compare_sides(sides, ground_truth=truth, resamples=resamples)
+    comparison = compare_sides(sides, ground_truth=truth, resamples=resamples)
     seconds = time.perf_counter() - start
-    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    # A busy machine takes longer, but does not compute longer.
-    cpu = sum(u.ru_utime + u.ru_stime for u in used)
-    d = comparison.differences["b"][0]
-    memory = {
-        "MiB": used[0].ru_maxrss / 2**10,
-        "MiB, a process of matching": used[1].ru_maxrss / 2**10,
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime  # a busy machine takes longer, but does not compute longer
+    memory, d = used.ru_maxrss / 2**10, comparison.differences["b"][0]
+    return {
+        "resamples": resamples,
+        "s": seconds,
+        "CPU s": cpu,
+        "MiB": memory,
+        "AP": d.value,
+        "p": d.p,
     }
-    return {"resamples": resamples, "s": seconds, "CPU s": cpu, **memory, "AP": d.value, "p": d.p}
 
 
 def main() -> None:

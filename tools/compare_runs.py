@@ -9,10 +9,13 @@ python tools/compare_runs.py 'base=output/base_seed*' 'both=output/both_seed*' -
 """
 
 import argparse
+import glob
+import os
+import re
 import sys
+from pathlib import Path
 
-from iou_balanced_d2.analysis.comparison import Comparison, compare_sides
-from iou_balanced_d2.analysis.runs import parse_side
+from iou_balanced_d2.analysis.comparison import Comparison, compare_sides, write_comparison
 from iou_balanced_d2.errors import UserError
 
 # isort: split
@@ -30,6 +33,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resamples", type=int, default=1000, help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling; default: 0")
     return parser.parse_args()
+
+
+def parse_side(text: str) -> tuple[str, list[str]]:
+    """Name and paths of a side as the command line has it.
+
+    Paths are joined by commas, each may be a pattern with ``*``. Without a name it is that of the
+    first run, without a number at its end where there are several.
+    """
+    name, sign, rest = text.partition("=")
+    if not sign or os.path.exists(text):
+        name, rest = "", text
+    paths: list[str] = []
+    for part in filter(None, rest.split(",")):
+        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+        if not found:
+            raise UserError(f"no run fits {part!r}")
+        paths += [os.path.normpath(path) for path in found]
+    if not paths:
+        raise UserError(f"side {text!r} has no run")
+    if not name:
+        name = Path(paths[0]).stem if os.path.isfile(paths[0]) else Path(paths[0]).name
+        if len(paths) > 1:
+            name = re.sub(r"[-_.]?(seed|run)?[-_.]?\d+$", "", name) or name
+    return name, paths
 
 
 def sides_of(texts: list[str]) -> dict[str, list[str]]:
@@ -74,7 +101,7 @@ def main() -> int:
         )
         print_summary(comparison)
         if args.output:
-            comparison.write(args.output)
+            write_comparison(comparison, args.output)
             print(f"\nThe report is {args.output}/comparison.html")
     except UserError as error:
         print(f"compare_runs.py: error: {error}", file=sys.stderr)

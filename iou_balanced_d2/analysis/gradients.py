@@ -20,14 +20,14 @@ from detectron2.structures import Boxes, pairwise_iou
 from numpy.typing import NDArray
 
 from ..losses import iou_balanced_smooth_l1_loss
-from .alignment_figures import COLORS, new_figure
+from .plots import COLORS, new_figure
 
 Array = NDArray[Any]
 
 COORDINATES = {"centre": 0, "size": 2}  # place of dx and dw in the deltas
 LAMBDAS = (0.5, 1.0, 1.5, 1.8)
 _BETA = 0.11  # the knee in the author's code
-_DASHES = ("--", "-.", "-", ":")
+_DASHES = (":", "--", "-.", "-")
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,7 @@ def gradient_by_autograd(
 ) -> Array:
     """The same by decoding the box, measuring its IoU and differentiating the project's loss.
 
-    Args:
-        error: (S,) d in [0, 1].
-        coordinate: "centre" or "size".
-        lambda_: power of eq. 4; 0 is smooth L1.
-        w_loc: constant of eq. 4.
-        beta: knee of smooth L1.
-
-    Returns:
-        (S,) float64.
+    Args and result are those of :func:`gradient_by_formula`.
     """
     place = COORDINATES[coordinate]
     anchor = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])  # and ground truth: all targets are 0
@@ -109,12 +101,8 @@ def area_keeping_w_loc(coordinate: str, *, lambda_: float, beta: float = _BETA) 
     plain, weighted = (
         gradient_by_formula(error, coordinate, lambda_=power, beta=beta) for power in (0, lambda_)
     )
-    return _area(plain) / _area(weighted)
-
-
-def _area(values: Array) -> float:
-    """Area under evenly spaced values on [0, 1], by trapezoids."""
-    return float((values[:-1] + values[1:]).mean() / 2)
+    areas = [(curve[:-1] + curve[1:]).sum() for curve in (plain, weighted)]  # by trapezoids
+    return float(areas[0] / areas[1])
 
 
 def gradient_curves(lambdas: Sequence[float] = LAMBDAS, *, num_points: int = 201) -> list[Curve]:
@@ -161,13 +149,14 @@ def draw_gradients(curves: Sequence[Curve], file: Path) -> None:
         of_coordinate = [c for c in curves if c.coordinate == coordinate]
         for i, curve in enumerate(of_coordinate):
             error = np.linspace(0, 1, len(curve.formula))
-            color, dashes = COLORS[i % len(COLORS)], _DASHES[(i - 1) % len(_DASHES)]
-            look = {"color": color, "linestyle": dashes, "linewidth": 2}
-            if curve.lambda_ == 0:
-                look |= {"color": "#000000", "linestyle": "-"}
-            ax.plot(error, curve.formula, label=_curve_label(curve), **look)
+            # Smooth L1 comes first.
+            color, dashes = (
+                (COLORS[i % len(COLORS)], _DASHES[i % len(_DASHES)]) if i else ("k", "-")
+            )
+            label = f"λ = {curve.lambda_:g}, w_loc = {curve.w_loc:.2f}" if i else "smooth L1"
+            ax.plot(error, curve.formula, dashes, color=color, linewidth=2, label=label)
             shown = slice(4, None, 12)
-            ax.plot(error[shown], curve.autograd[shown], "o", color=look["color"], markersize=3)
+            ax.plot(error[shown], curve.autograd[shown], "o", color=color, markersize=3)
         ax.set(xlabel="error |d|", title=coordinate, xlim=(0, 1), ylim=(0, None))
         ax.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("norm of the gradient")
@@ -177,9 +166,3 @@ def draw_gradients(curves: Sequence[Curve], file: Path) -> None:
         fontsize=9,
     )
     figure.savefig(file, dpi=130)
-
-
-def _curve_label(curve: Curve) -> str:
-    if curve.lambda_ == 0:
-        return "smooth L1"
-    return f"λ = {curve.lambda_:g}, w_loc = {curve.w_loc:.2f}"

@@ -1,4 +1,4 @@
-"""One HTML page that holds its own figures."""
+"""One page of a report, as HTML that holds its own figures and as Markdown."""
 
 import base64
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def _escape(text: str) -> str:
 
 
 class Page:
-    """A page, filled from top to bottom; all text given is plain text."""
+    """A page, filled from top to bottom, as HTML and as Markdown; all text given is plain text."""
 
     def __init__(self, title: str):
         """Start the page.
@@ -42,51 +42,59 @@ class Page:
             title: its title and headline.
         """
         self._title = _escape(title)
-        self._parts: list[str] = []
+        self._html: list[str] = []
+        self._markdown = [f"# {_clean(title)}"]
+
+    def _add(self, html: str, markdown: str) -> None:
+        self._html.append(html)
+        self._markdown.append(_clean(markdown))
 
     def heading(self, text: str) -> None:
         """Start a section."""
-        self._parts.append(f"<h2>{_escape(text)}</h2>")
+        self._add(f"<h2>{_escape(text)}</h2>", f"## {text}")
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._parts.append(f"<p>{_escape(text)}</p>")
+        self._add(f"<p>{_escape(text)}</p>", text)
 
     def figure(self, file: Path, description: str) -> None:
         """Add a PNG or JPEG at full width; the description is for those who can't see it."""
-        self._parts.append(f"<p>{_image(file, description)}</p>")
+        self._add(f"<p>{_image(file, description)}</p>", f"![{description}]({file.name})")
 
     def tiles(self, files: Sequence[Path], captions: Sequence[str]) -> None:
-        """Add small pictures side by side, each with its caption."""
+        """Add small pictures side by side, each with its caption; Markdown has the captions."""
         tiles = [
             f"<figure>{_image(file, caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
             for file, caption in zip(files, captions, strict=True)
         ]
-        self._parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
+        self._add(f'<div class="tiles">{"".join(tiles)}</div>', "\n".join(captions))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 1) -> None:
         """Add a table; numbers are rounded to so many digits, NaN is a dash."""
-        shown = [[_cell(value, digits) for value in row] for row in rows]
         names = [_clean(name) for name in headers]
+        shown = [[_cell(value, digits) for value in row] for row in rows]
         table = tabulate(shown, names, tablefmt="html", disable_numparse=True)
-        self._parts.append(f'<div class="scroll">{table}</div>')
+        escaped = [[cell.replace("|", r"\|") for cell in row] for row in shown]
+        align = ["left", *["right"] * (len(names) - 1)]
+        markdown = tabulate(escaped, names, "pipe", colalign=align, disable_numparse=True)
+        self._add(f'<div class="scroll">{table}</div>', markdown)
 
     def link(self, text: str, target: str) -> None:
         """Add a paragraph that leads to another file."""
-        self._parts.append(f'<p><a href="{_escape(target)}">{_escape(text)}</a></p>')
+        self._add(f'<p><a href="{_escape(target)}">{_escape(text)}</a></p>', f"[{text}]({target})")
 
     def html(self) -> str:
-        """The page; nothing it shows lies outside of it."""
-        body = "\n".join(self._parts)
+        """The page as HTML; nothing it shows lies outside of it."""
+        body = "\n".join(self._html)
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f"<title>{self._title}</title><style>{_STYLE}</style></head>\n"
             f"<body><h1>{self._title}</h1>\n{body}\n</body></html>\n"
         )
 
-    def write(self, file: Path) -> None:
-        """Write the page to a file."""
-        file.write_text(self.html(), encoding="utf-8")
+    def markdown(self) -> str:
+        """The page as Markdown; its figures are files beside it."""
+        return "\n\n".join(self._markdown) + "\n"
 
 
 def _image(file: Path, description: str) -> str:

@@ -79,7 +79,7 @@ def load_json(path: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
     except RecursionError as error:
-        raise UserError(f"{path}: not an annotation file: nested too deeply") from error
+        raise UserError(f"{path}: nested too deeply to be annotations or detections") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not a JSON file: {error}") from error
 
@@ -90,8 +90,8 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
     Images have "id", "file_name", "width" and "height"; annotations "id" from 1 on, "image_id" and
     "category_id" of an image and a category, "bbox" (4 finite or infinite numbers, XYWH pixels),
     "area", "iscrowd" (0 or 1), and "difficult" (0 or 1) where the file says so; categories "id" and
-    "name". Ids of images and categories are kept if they are whole numbers from 0 on; otherwise
-    they are numbered in the order of the file.
+    "name". Ids of images and categories are kept if they are whole numbers from 0 on. Otherwise
+    they are numbered in their order, numbers before texts, and "original_id" is what they were.
 
     Args:
         json_file: its path.
@@ -139,10 +139,7 @@ def clean_coco(content: Any) -> dict[str, Any]:
         "annotations": annotations,
         # In detectron2's order of the classes.
         "categories": sorted(
-            (
-                {"id": category_ids[_key(raw["id"])], "name": raw["name"]}
-                for raw in content["categories"]
-            ),
+            ({**_id_of(raw, category_ids), "name": raw["name"]} for raw in content["categories"]),
             key=lambda category: category["id"],
         ),
     }
@@ -217,7 +214,13 @@ def _ids(section: str, rows: list[dict[str, Any]], found: _Found) -> dict[Any, i
     for i, (is_text, id_) in enumerate(keys):
         if is_text or not 0 <= id_ < _MAX_ID:
             found.repaired(kind, f"{section}[{i}]: {_shown(id_)}")
-    return {key: number for number, key in enumerate(keys, start=1)}
+    return {key: number for number, key in enumerate(sorted(keys), start=1)}
+
+
+def _id_of(raw: dict[str, Any], ids: dict[Any, int]) -> dict[str, Any]:
+    """The id of an image or category, and what it was in the user's file if that differs."""
+    original, number = raw.get("original_id", raw["id"]), ids[_key(raw["id"])]
+    return {"id": number} if original == number else {"id": number, "original_id": original}
 
 
 def _image(raw: dict[str, Any], i: int, ids: dict[Any, int], found: _Found) -> dict[str, Any]:
@@ -231,9 +234,8 @@ def _image(raw: dict[str, Any], i: int, ids: dict[Any, int], found: _Found) -> d
     if "\\" in name:
         found.repaired("file_name", f"images[{i}]: {name}")
         name = name.replace("\\", "/")
-    return {
-        "id": ids[_key(raw["id"])], "file_name": name, "width": int(width), "height": int(height),
-    }  # fmt: skip
+    size = {"width": int(width), "height": int(height)}
+    return {**_id_of(raw, ids), "file_name": name, **size}
 
 
 def _annotation(
@@ -248,15 +250,17 @@ def _annotation(
     category_id = _refer(raw, "category_id", category_ids, i, found)
     if image_id is None or category_id is None:
         return None
-    box = _box(raw["bbox"], i)
     annotation = {
         "id": raw.get("id"),
         "image_id": image_id,
         "category_id": category_id,
-        "bbox": box,
-        "area": _area(raw.get("area"), box, i, found),
+        "bbox": _box(raw["bbox"], i),
+        "area": raw.get("area"),
         "iscrowd": _flag(raw, "iscrowd", i, found),
     }
+    annotation["area"] = area = area_of(annotation)
+    if raw.get("area") != area:
+        found.repaired("area", f"annotations[{i}]: {_shown(raw.get('area'))}")
     difficult = _flag(raw, "difficult", i, found)
     if _flag(raw, "ignore", i, found) and not annotation["iscrowd"]:
         found.repaired("ignore", f"annotations[{i}]")
@@ -294,11 +298,19 @@ def _box(value: Any, i: int) -> list[float]:
     return [v if type(v) is float or abs(v) < _MAX_ID else math.inf for v in value]
 
 
-def _area(value: Any, box: list[float], i: int, found: _Found) -> float:
+def area_of(annotation: dict[str, Any]) -> float:
+    """The area by which COCO calls an object small, medium or large.
+
+    Args:
+        annotation: with "bbox", XYWH.
+
+    Returns:
+        its "area" in square pixels if that is a positive number, else its box's.
+    """
+    value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
     if type(value) in (int, float) and 0 < value < _MAX_ID:
         return float(value)
-    found.repaired("area", f"annotations[{i}]: {_shown(value)}")
-    area = max(box[2], 0.0) * max(box[3], 0.0)
+    area = max(width, 0.0) * max(height, 0.0)
     return area if math.isfinite(area) else 0.0
 
 

@@ -13,7 +13,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..analysis.alignment_report import dataset_files, write_alignment_report
+from ..analysis.alignment import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
 from ..errors import UserError
 from ..projects import import_projects
@@ -156,7 +156,12 @@ def write_reports(cfg: CfgNode) -> None:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
         detections = {"model": os.path.join(folder, "coco_instances_results.json")}
         report = os.path.join(folder, "alignment")
-        write_alignment_report(detections=detections, output_dir=report, **dataset_files(name))
+        write_alignment_report(
+            detections=detections,
+            output_dir=report,
+            difficult=cfg.DATASETS.VOC_DIFFICULT,
+            **dataset_files(name),
+        )
         logger.info(f"Alignment of scores and boxes: {os.path.join(report, 'index.html')}")
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-# COCO's thresholds; in hundredths, as the metrics' names have them.
+# COCO's thresholds, by its own expression, and in hundredths, as the metrics' names have them.
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 IOU_PERCENT = tuple(range(50, 100, 5))
 AREAS = {"s": "small", "m": "medium", "l": "large"}
 

@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from .metrics import IOU_PERCENT
-
-IOU_THRESHOLDS = tuple(percent / 100 for percent in IOU_PERCENT)
+from .metrics import IOU_PERCENT, IOU_THRESHOLDS
 
 Array = NDArray[Any]
 Annotations = Sequence[dict[str, Any]]
@@ -43,7 +41,7 @@ def voc_average_precision(
     results: Annotations,
     *,
     img_ids: Iterable[Any] | None = None,
-    iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+    iou_thresholds: Sequence[float] | Array = IOU_THRESHOLDS,
 ) -> VocAP:
     """AP of each class at each threshold, with all detections there are.
 
@@ -97,7 +95,9 @@ def _by_category(annotations: Annotations, images: set[Any]) -> dict[Any, list[d
     return found
 
 
-def _class_ap(detections: Annotations, objects: Annotations, thresholds: Sequence[float]) -> Array:
+def _class_ap(
+    detections: Annotations, objects: Annotations, thresholds: Sequence[float] | Array
+) -> Array:
     """(T, 2) AP of one class by 11 points and by area."""
     difficult = np.array([bool(o.get("difficult") or o.get("iscrowd")) for o in objects], bool)
     num_objects = int((~difficult).sum())

@@ -1,7 +1,6 @@
 """A part of the training data held out, to choose settings by without looking at the test data."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..data import prepare_dataset, register_datasets_of
 from ..data.coco_format import read_coco_json
 from ..engine import load_config
 from ..errors import UserError
+from ..files import write_text
 from .protocol import Settings
 
 
@@ -83,6 +83,4 @@ def _write_once(path: Path, content: dict[str, Any]) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)

@@ -9,9 +9,11 @@ import numpy as np
 from tabulate import tabulate
 
 from ..analysis.alignment import analyze
-from ..analysis.alignment_data import read_detections, read_ground_truth
-from ..analysis.comparison import Comparison, compare_sides
-from ..analysis.runs import load_side
+from ..analysis.comparison import Comparison, compare_sides, write_comparison
+from ..analysis.comparison.report import to_json
+from ..analysis.comparison.runs import load_run
+from ..evaluation.detections import read_detections, read_ground_truth
+from ..files import write_text
 from .protocol import Protocol
 from .runs import Run
 
@@ -38,7 +40,7 @@ def write_results(
 ) -> Comparison:
     """Compare the variants on one data set, and write the report.
 
-    Writes what :meth:`Comparison.write` writes, ``results.md`` (protocol, comparison, what the runs
+    Writes what :func:`write_comparison` writes, ``results.md`` (protocol, comparison, what the runs
     measured) and ``results.json`` (all numbers, and each run's command, seed, versions, hardware
     and time).
 
@@ -55,7 +57,8 @@ def write_results(
         UserError: if the runs' files are missing or broken.
     """
     comparison = compare_sides({name: [r.folder for r in group] for name, group in runs.items()})
-    comparison.write(folder)
+    write_comparison(comparison, folder)
+    compared = (folder / "comparison.md").read_text(encoding="utf-8")
     measured = {name: [measures(run) for run in group] for name, group in runs.items()}
     text = "\n\n".join(
         [
@@ -63,16 +66,16 @@ def write_results(
             f"## Protocol\n\n{protocol.description}",
             f"Seeds: {', '.join(map(str, protocol.seeds))}.",
             # One level below this report's own title.
-            "#" + comparison.markdown().replace("\n#", "\n##").strip(),
+            "#" + compared.replace("\n#", "\n##").strip(),
             f"## What the runs measured (means over seeds)\n\n{_table(measured)}",
         ]
     )
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "results.md", text + "\n")
     content = {
         "protocol": protocol.name,
         "description": protocol.description,
         "data_set": data_set,
-        "comparison": comparison.to_json(),
+        "comparison": to_json(comparison),
         "runs": {
             name: [
                 run.record | {"measured": m} for run, m in zip(group, measured[name], strict=True)
@@ -80,7 +83,7 @@ def write_results(
             for name, group in runs.items()
         },
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(content, indent=1))
     return comparison
 
 
@@ -106,11 +109,11 @@ def measures(run: Run) -> dict[str, float | None]:
 
 
 def _correlation(run: Run) -> float | None:
-    (loaded,) = load_side("", [run.folder]).runs
+    loaded = load_run(run.folder)
     values = []
     for name, annotations in loaded.ground_truth.items():
-        ground_truth = read_ground_truth(annotations.path)
-        detections = read_detections(loaded.detections[name], ground_truth)
+        ground_truth = read_ground_truth(annotations.path, annotations.difficult)
+        detections = read_detections(loaded.detections[name], ground_truth, probabilities=True)
         values.append(analyze(ground_truth, detections).results["correlation"]["pearson"])
     defined = [value for value in values if np.isfinite(value)]
     return float(np.mean(defined)) if defined else None

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 import yaml
 
+from ..analysis.training_log import read_training_log
 from ..errors import UserError
+from ..files import write_text
 from .protocol import Settings
 
 
@@ -69,7 +71,7 @@ class Run:
                 "give another --output"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.config_file.write_text(text)
+        write_text(self.config_file, text)
 
     def _config_text(self) -> str:
         content: dict[str, Any] = {"_BASE_": str(self.config)}
@@ -125,20 +127,12 @@ class Run:
             "versions": versions(),
             "hardware": hardware(),
         }
-        temporary = self.folder / "run.json.tmp"
-        temporary.write_text(json.dumps(record, indent=1))
-        os.replace(temporary, self.folder / "run.json")
+        write_text(self.folder / "run.json", json.dumps(record, indent=1))
         return process.returncode
 
     def scalars(self, name: str) -> list[float]:
         """The values of a scalar that the training has logged, in their order."""
-        # A resumed run logs the iterations after its checkpoint again: the last value counts.
-        logged = {entry["iteration"]: entry[name] for entry in self._log() if name in entry}
-        return [logged[iteration] for iteration in sorted(logged)]
-
-    def _log(self) -> list[dict[str, float]]:
-        path = self.folder / "metrics.json"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [value for _, value in read_training_log(self.folder).get(name, [])]
 
     def mean(self, name: str) -> float:
         """The mean of a scalar over the training.
@@ -158,11 +152,11 @@ class Run:
         Raises:
             UserError: if there was no evaluation.
         """
-        names = {name for entry in self._log() for name in entry}
-        sets = [name for name in names if name == "bbox/AP" or name.endswith("/bbox/AP")]
-        if not sets:
+        log = read_training_log(self.folder)
+        last = [values[-1][1] for name, values in log.items() if f"/{name}".endswith("/bbox/AP")]
+        if not last:
             raise UserError(f"{self.folder / 'metrics.json'} has no bbox/AP")
-        return float(np.mean([self.scalars(name)[-1] for name in sets]))
+        return float(np.mean(last))
 
 
 def versions() -> dict[str, str]:

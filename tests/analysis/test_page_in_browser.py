@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from iou_balanced_d2.analysis.alignment_report import write_alignment_report
+from iou_balanced_d2.analysis.alignment import write_alignment_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [
@@ -48,7 +48,7 @@ def test_the_page_opens_without_error_or_request(browse, tmp_path, own_data):
     assert "CONSOLE" not in messages
     # What the browser itself asks its maker for is not the page's doing.
     assert not [a for a in addresses if "google" not in a]
-    assert dom.count("<img ") == 7
+    assert dom.count("<img ") == 6
     assert "mine" in dom
 
 

@@ -134,7 +134,12 @@ def test_odd_ids_of_images_and_categories_are_numbered(content, field, section, 
     for annotation in content["annotations"]:
         annotation[field] = change(annotation[field])
     clean = clean_coco(content)
-    assert [row["id"] for row in clean[section]] == [1, 2, 3]
+    assert sorted(row["id"] for row in clean[section]) == [1, 2, 3]
+    old_ids = [row["id"] for row in content[section]]
+    key = (lambda row: row["name"]) if section == "categories" else (lambda row: row["file_name"])
+    old_id_of = {key(row): row["id"] for row in content[section]}
+    assert {row["original_id"] for row in clean[section]} == set(old_ids)
+    assert all(row["original_id"] == old_id_of[key(row)] for row in clean[section])
     name_of = {row["id"]: row.get("name", row.get("file_name")) for row in clean[section]}
     old = {row["id"]: row.get("name", row.get("file_name")) for row in content[section]}
     assert [name_of[a[field]] for a in clean["annotations"]] == [

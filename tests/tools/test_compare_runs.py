@@ -8,8 +8,8 @@ import compare_runs
 import numpy as np
 import pytest
 
-from iou_balanced_d2.analysis import comparison as comparison_module
-from iou_balanced_d2.analysis.comparison import compare_sides
+from iou_balanced_d2.analysis.comparison import compare_sides, write_comparison
+from iou_balanced_d2.errors import UserError
 
 from ..analysis.drawn import draw_detections, draw_truth, write_run
 
@@ -90,16 +90,6 @@ def test_detections_of_any_framework(command, folder):
     assert out == of_runs
 
 
-@pytest.mark.slow  # each process imports all there is
-def test_processes_give_the_same(folder, monkeypatch):
-    sides = {"a": [folder / "plain0"], "b": [folder / "better0"]}
-    truth = {"shapes": str(folder / "truth.json")}
-    expected = compare_sides(sides, ground_truth=truth, resamples=100).to_json()
-    monkeypatch.setattr(comparison_module, "_MANY_BYTES", 0)
-    monkeypatch.setattr(comparison_module.os, "cpu_count", lambda: 2)
-    assert compare_sides(sides, ground_truth=truth, resamples=100).to_json() == expected
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -107,9 +97,12 @@ def test_processes_give_the_same(folder, monkeypatch):
         (["plain0", "nowhere"], "run 'nowhere' not found"),
         (["plain0", "plain0"], "two sides are called 'plain0'"),
         (["plain0", "nothing*"], "no run fits 'nothing*'"),
-        (["plain0", "strange"], "detections of image 999, which the ground truth does not have"),
+        (
+            ["plain0", "strange"],
+            "detections[0]: image_id 999 is not among the ground truth's images",
+        ),
         (["plain0", "broken"], "not a JSON file"),
-        (["plain0", "list"], "not detections in COCO format"),
+        (["plain0", "list"], "detections[0] has no 'bbox'"),
         (["plain0", "plain1", "--resamples", "5"], "5 resamples tell nothing"),
         (["plain0", "plain1", "--ground-truth", "truth.json"], "expected NAME=FILE"),
         (["plain0", "plain1", "--ground-truth", "more=truth.json"], "evaluate the run first"),
@@ -123,9 +116,11 @@ def test_errors_are_one_line(command, folder, args, message):
             write_run(run, "shapes", [])
         (run / "inference/shapes/coco_instances_results.json").write_text(text)
     # The tool's own --resamples of the fixture comes later and would win.
+    with pytest.raises(UserError, match="side 'b' has no run"):
+        compare_sides({"a": ["plain0"], "b": []})
     if "--resamples" in args:
         sides = {name: [folder / name] for name in args[:2]}
-        with pytest.raises(comparison_module.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             compare_sides(sides, resamples=5)
         return
     code, _, err = command(*args)
@@ -133,6 +128,19 @@ def test_errors_are_one_line(command, folder, args, message):
     assert err.count("\n") == 1
     assert err.startswith("compare_runs.py: error: ")
     assert message in err
+
+
+@pytest.mark.parametrize("key", ["bbox", "score"])
+@pytest.mark.parametrize("value", [None, "high", [[1], 2, 3, 4], float("nan")])
+def test_bad_numbers_of_one_detection_are_named(command, folder, key, value):
+    path = folder / "plain0/inference/shapes/coco_instances_results.json"
+    rows = json.loads(path.read_text())
+    rows[7][key] = value
+    (folder / "bad.json").write_text(json.dumps(rows))
+    code, _, err = command("bad.json", f"b={path}")
+    assert code == 2
+    assert err.startswith(f"compare_runs.py: error: bad.json: detections[7]: {key} ")
+    assert err.count("\n") == 1
 
 
 def test_sides_must_fit_together(folder, tmp_path, capsys, monkeypatch):
@@ -163,5 +171,23 @@ def test_the_report_leads_to_those_on_alignment(folder):
     sides = {"a": [folder / "plain0"], "b": [folder / "better1"]}
     truth = {"shapes": str(folder / "truth.json")}
     comparison = compare_sides(sides, ground_truth=truth, resamples=100)
-    assert comparison.html().count(f'href="{page.as_uri()}"') == 1
-    assert f"]({page.as_uri()})" in comparison.markdown()
+    write_comparison(comparison, folder / "linked")
+    html = (folder / "linked/comparison.html").read_text()
+    assert html.count(f'href="{page.as_uri()}"') == 1
+    assert f"]({page.as_uri()})" in (folder / "linked/comparison.md").read_text()
+
+
+def test_sides_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("both_seed1", "both_seed2", "base", "odd=name"):
+        (tmp_path / name).mkdir()
+    assert compare_runs.parse_side("base/") == ("base", ["base"])
+    assert compare_runs.parse_side("b=both_seed*") == ("b", ["both_seed1", "both_seed2"])
+    assert compare_runs.parse_side("both_seed2,both_seed1") == (
+        "both",
+        ["both_seed2", "both_seed1"],
+    )
+    assert compare_runs.parse_side("odd=name") == ("odd=name", ["odd=name"])
+    for text, message in (("none*", "no run fits 'none\\*'"), ("b=", "has no run")):
+        with pytest.raises(UserError, match=message):
+            compare_runs.parse_side(text)

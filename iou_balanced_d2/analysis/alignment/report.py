@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..data import prepare_dataset
-from ..errors import UserError
-from .alignment import Alignment, analyze
-from .alignment_data import GroundTruth, read_detections, read_ground_truth
-from .alignment_figures import (
+from ...data import prepare_dataset
+from ...data.coco import check_folder
+from ...data.inspection import missing_images
+from ...errors import UserError
+from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
+from ...files import write_text
+from ..page import Page
+from .analysis import Alignment, analyze
+from .figures import (
     draw_ap,
     draw_calibration,
-    draw_classes,
     draw_density,
     draw_score_by_iou,
     draw_share_by_iou,
 )
-from .alignment_measures import IOU_PERCENT
-from .alignment_pictures import draw_cases, misplaced_cases, outranked_cases
-from .page import Page
+from .pictures import draw_cases, misplaced_cases, outranked_cases
 
 _MOST_PICTURES = 8
 
@@ -31,12 +32,12 @@ RULES = {
     "COCO's matching": "Used for AP, the ceilings, the correlation and the calibration. Of each "
     "image and class the 100 best-scored detections, in the order of their scores, take the free "
     "object with the largest IoU, if that reaches the threshold (.5 for the correlation). Those "
-    "that take an object are right, the others wrong. Detections on crowds and difficult objects "
-    "are left out.",
+    "that take an object are right, the others wrong. Detections on crowds, and on objects "
+    "marked difficult unless DATASETS.VOC_DIFFICULT counts or drops them, are left out.",
     "Best IoU": "Used for score and share by IoU, the density and the pictures. The IoU of each "
     "detection is the largest with any object of its image and class, whatever its score and "
-    "whatever the others have taken; 0 without any overlap. Detections that overlap a crowd or a "
-    "difficult object more than any other one are left out.",
+    "whatever the others have taken; 0 without any overlap. Detections that overlap an object that "
+    "is left out, as above, more than any other one are left out.",
     "Perfect ranking": "At each threshold all right detections come before all wrong ones, as if "
     "the score was the true IoU and duplicates came last. What is missing to 100 was not "
     "found, or not placed well enough. The gap to AP is what a better score could win.",
@@ -53,6 +54,7 @@ def write_alignment_report(
     output_dir: str,
     *,
     image_root: str | None = None,
+    difficult: str = "ignore",
 ) -> dict[str, Any]:
     """Analyse one or several detectors on a data set and write the report.
 
@@ -62,6 +64,7 @@ def write_alignment_report(
         output_dir: folder for index.html, alignment.json, the figures (PNG and SVG) and, in
             "pictures", the worst cases; made if need be.
         image_root: folder of the images; None for no pictures.
+        difficult: the policy for difficult objects, DATASETS.VOC_DIFFICULT.
 
     Returns:
         the content of alignment.json: name -> numbers.
@@ -69,24 +72,27 @@ def write_alignment_report(
     Raises:
         UserError: naming the file that is missing or broken, or the folder.
     """
-    objects = read_ground_truth(ground_truth)
-    _check_images(objects, image_root, ground_truth)
+    objects = read_ground_truth(ground_truth, difficult)
+    if image_root is not None:
+        check_folder(image_root)
+        for path in missing_images({"images": objects.images}, image_root)[:1]:
+            raise UserError(f"image {path!r}, named by {ground_truth}, is not there")
     analyses = {
-        name: analyze(objects, read_detections(file, objects)) for name, file in detections.items()
+        name: analyze(objects, read_detections(file, objects, probabilities=True))
+        for name, file in detections.items()
     }
     output = Path(output_dir)
     try:
         (output / "pictures" if image_root else output).mkdir(parents=True, exist_ok=True)
         results = {name: a.results for name, a in analyses.items()}
         content = _plain({name: {"file": detections[name], **r} for name, r in results.items()})
-        text = json.dumps(content, indent=1)
-        (output / "alignment.json").write_text(text + "\n", encoding="utf-8")
+        write_text(output / "alignment.json", json.dumps(content, indent=1) + "\n")
         page = _page(results, output, Path(ground_truth).name)
         if image_root is None:
             page.text("No pictures of the worst cases: the folder of the images was not given.")
         else:
             _add_pictures(page, objects, analyses, image_root, output / "pictures")
-        page.write(output / "index.html")
+        write_text(output / "index.html", page.html())
     except OSError as error:
         raise UserError(f"{output_dir!r} can't be written: {error.strerror}") from error
     return content
@@ -113,16 +119,6 @@ def dataset_files(data_set: str) -> dict[str, Any]:
     root = metadata.get("image_root")
     found = root if root and os.path.isdir(root) else None
     return {"ground_truth": metadata.json_file, "image_root": found}
-
-
-def _check_images(ground_truth: GroundTruth, image_root: str | None, json_file: str) -> None:
-    if image_root is None:
-        return
-    if not os.path.isdir(image_root):
-        raise UserError(f"image folder {image_root!r} not found")
-    first = ground_truth.images[0]["file_name"] if ground_truth.images else ""
-    if not os.path.exists(os.path.join(image_root, first)):
-        raise UserError(f"image {first!r} of {json_file} is not in the folder {image_root!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -174,7 +170,7 @@ def _add_ap(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> 
         for text, ap in kinds.items():
             rows.append([name + text, *(ap[key] for key in ("AP", "AP50", "AP75", "AP90"))])
     page.table(["", "AP", "AP50", "AP75", "AP90"], rows)
-    page.figure(draw_ap(results, output / "ap.png"), f"AP at IoU .{IOU_PERCENT[0]} to .95")
+    page.figure(draw_ap(results, output / "ap.png"), "AP at IoU .50 to .95")
 
 
 def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
@@ -188,9 +184,9 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
     for name, result in results.items():
         found, wrong = result["correlation"], result["outranked"]
         outranked = f"{wrong['objects_outranked']} of {wrong['objects_detected']}"
-        numbers = [found[key] for key in ("pearson", "spearman", "kendall")]
+        numbers = [found["pearson"], found["spearman"]]
         rows.append([name, found["count"], *numbers, outranked, wrong["mean_iou_lost"]])
-    headers = ["", "right", "Pearson", "Spearman", "Kendall", "outranked", "mean IoU lost"]
+    headers = ["", "right", "Pearson", "Spearman", "outranked", "mean IoU lost"]
     page.table(headers, rows, digits=3)
     page.text("Mean score of the detections by the IoU of their box (the paper's Fig. 2):")
     page.figure(draw_score_by_iou(results, output / "score_by_iou.png"), "Mean score by IoU")
@@ -202,7 +198,6 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
 
 def _add_classes(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
     page.heading("By class")
-    page.figure(draw_classes(results, output / "classes.png"), "Mean score by IoU, by class")
     rows = [
         [class_name, *([name] if len(results) > 1 else []), of_class["num_objects"]]
         + [of_class["ap"][key] for key in ("AP", "AP50", "AP75", "AP90")]

@@ -3,22 +3,29 @@
 Letters: T IoU thresholds, B bins, K classes, D detections.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .alignment_data import Detections, GroundTruth
-from .alignment_matching import IGNORED, MIN_IOU, RIGHT, BestIoU, Pairs, match_by_score
+from ...evaluation.detections import Detections, GroundTruth
+from ...evaluation.matching import (
+    IGNORED,
+    RIGHT,
+    BestIoU,
+    Pairs,
+    average_precision,
+    match,
+    num_objects,
+)
+from ...evaluation.metrics import IOU_PERCENT
 
 Array = NDArray[Any]
 
-IOU_PERCENT = tuple(range(50, 100, 5))
 IOU_BINS = 20
 SCORE_BINS = 10
-WELL_PLACED = 0.5
-_RECALLS = np.linspace(0, 1, 101)
+# Below the first IoU a box is not about the object at all, from the second on it is well placed.
+MIN_IOU, WELL_PLACED = 0.1, 0.5
 
 
 def bins_of(values: Array, num_bins: int) -> Array:
@@ -77,7 +84,7 @@ def calibration(scores: Array, right: Array) -> dict[str, Any]:
 
 
 def correlations(x: Array, y: Array) -> dict[str, float]:
-    """Pearson's, Spearman's and Kendall's (tau-b) correlation of two (D,) arrays.
+    """Pearson's and Spearman's correlation of two (D,) arrays.
 
     Returns:
         by name, with "count" D; NaN where one of the arrays is constant.
@@ -87,7 +94,6 @@ def correlations(x: Array, y: Array) -> dict[str, float]:
         "count": len(x),
         "pearson": _pearson(x, y),
         "spearman": _pearson(_ranks(x), _ranks(y)),
-        "kendall": _kendall(x, y),
     }
 
 
@@ -103,60 +109,6 @@ def _ranks(x: Array) -> Array:
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-def _kendall(x: Array, y: Array) -> float:
-    """tau-b: (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y)."""
-    n = len(x)
-    pairs = n * (n - 1) // 2
-    both = np.unique(np.stack([x, y]), axis=1, return_counts=True)[1] if n else np.zeros(0)
-    tied_x, tied_y, tied = (
-        int((c * (c - 1) // 2).sum())
-        for c in (np.unique(x, return_counts=True)[1], np.unique(y, return_counts=True)[1], both)
-    )
-    untied = (pairs - tied_x) * (pairs - tied_y)
-    if untied == 0:
-        return float("nan")
-    discordant = _inversions(y[np.lexsort((y, x))])
-    concordant = pairs - tied_x - tied_y + tied - discordant
-    return (concordant - discordant) / float(untied) ** 0.5
-
-
-def _inversions(y: Array) -> int:
-    """Number of pairs i < j with y_i > y_j; merge sort, all blocks of one size at a time."""
-    rank = np.unique(y, return_inverse=True)[1].astype(np.int64)
-    n, width, count = len(rank), 1, 0
-    index = np.arange(n)
-    while width < n:
-        block = index // (2 * width)
-        # Within each block: the left half's elements stay before the right half's equal ones.
-        order = np.argsort(block * n + rank, kind="stable")
-        is_right = (order // width) % 2 == 1
-        # A right element passes all the left ones that stand behind it.
-        left_before = (~is_right).cumsum()
-        left_total = left_before[np.minimum((block + 1) * 2 * width, n) - 1]
-        count += int((left_total - left_before)[is_right].sum())
-        rank, width = rank[order], 2 * width
-    return count
-
-
-def average_precision(right: Array, num_objects: int) -> float:
-    """COCO's AP of one class: the mean of the precision's envelope at 101 points of recall.
-
-    Args:
-        right: (D,) bool, best score first, without ignored detections.
-        num_objects: number of objects to find.
-
-    Returns:
-        AP in [0, 1]; NaN without objects.
-    """
-    if num_objects == 0:
-        return float("nan")
-    hits = right.cumsum()
-    precision = hits / np.arange(1, len(hits) + 1)
-    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    places = np.searchsorted(hits / num_objects, _RECALLS, side="left")
-    return float(envelope[places].mean())
-
-
 def class_aps(
     ground_truth: GroundTruth, detections: Detections, outcome: Array, *, right_first: bool = False
 ) -> Array:
@@ -165,17 +117,17 @@ def class_aps(
     Args:
         ground_truth: the objects.
         detections: the detections.
-        outcome: (T, D) of :func:`match_by_score`.
+        outcome: (T, D) of :func:`match`.
         right_first: as if every right detection had a higher score than every wrong one.
 
     Returns:
         (T, K) float64 in [0, 1]; NaN for classes without objects.
     """
-    num_objects = ground_truth.num_objects()
-    aps = np.full((len(outcome), len(num_objects)), np.nan)
-    for k, number in enumerate(num_objects):
+    numbers = num_objects(ground_truth)
+    aps = np.full((len(outcome), len(numbers)), np.nan)
+    for k, number in enumerate(numbers):
         # A class is one run of rows, in the order of images; as COCO, equal scores stay in it.
-        rows = slice(*np.searchsorted(detections.label, (k, k + 1)))
+        rows = detections.of_class(k)
         order = np.argsort(-detections.scores[rows], kind="stable")
         for t, of_class in enumerate(outcome[:, rows]):
             counted = of_class[order]
@@ -199,17 +151,17 @@ def perfectly_placed(
         pairs: of :func:`find_pairs`.
         best: of :func:`best_iou`.
     """
-    outcome, _ = match_by_score(ground_truth, detections, pairs, [MIN_IOU])
+    outcome, _ = match(ground_truth, detections, pairs, thresholds=[MIN_IOU])
     outcome[:, (outcome[0] != RIGHT) & (best.iou >= MIN_IOU)] = IGNORED
     return outcome
 
 
-def ap_summary(aps: Array, thresholds: Sequence[int] = IOU_PERCENT) -> dict[str, float]:
+def ap_summary(aps: Array) -> dict[str, float]:
     """AP (the mean) and AP50, ... AP95 in percent from (T, K); NaN without any object."""
     defined = aps[:, ~np.isnan(aps[0])]
     means = 100 * defined.mean(axis=1) if defined.size else np.full(len(aps), np.nan)
     return {"AP": float(means.mean())} | {
-        f"AP{t}": float(m) for t, m in zip(thresholds, means, strict=True)
+        f"AP{t}": float(m) for t, m in zip(IOU_PERCENT, means, strict=True)
     }
 
 

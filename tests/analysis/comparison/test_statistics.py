@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from iou_balanced_d2.analysis.bootstrap import draw_images, weighted_ap
-from iou_balanced_d2.analysis.matching import Outcomes, pool
-from iou_balanced_d2.analysis.statistics import (
+from iou_balanced_d2.analysis.comparison.bootstrap import draw_images, weighted_ap
+from iou_balanced_d2.analysis.comparison.matches import Outcomes, pool
+from iou_balanced_d2.analysis.comparison.statistics import (
     Difference,
     SideValues,
     StudentT,

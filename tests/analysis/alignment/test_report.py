@@ -4,19 +4,21 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import analyze_alignment
 import cv2
 import numpy as np
 import pytest
+import yaml
 
-from iou_balanced_d2.analysis.alignment_figures import save_figure
-from iou_balanced_d2.analysis.alignment_report import write_alignment_report
+from iou_balanced_d2.analysis.alignment import write_alignment_report
+from iou_balanced_d2.analysis.plots import save_figure
 from iou_balanced_d2.errors import UserError
 
-from ..command import forget_own_data
+from ...command import forget_own_data
 
-FIGURES = ["ap", "calibration", "classes", "density", "score_by_iou", "share_by_iou"]
+FIGURES = ["ap", "calibration", "density", "score_by_iou", "share_by_iou"]
 # On the squares of the fixture own_data (XYWH 8, 10 + i, 28, 30): one bad box with a high score,
 # and on image 1 one that outranks a better box.
 DETECTIONS = [
@@ -42,7 +44,7 @@ def draw_fast(monkeypatch):
         figure.savefig(file, dpi=40)
         return file
 
-    module = "iou_balanced_d2.analysis.alignment_figures.save_figure"
+    module = "iou_balanced_d2.analysis.alignment.figures.save_figure"
     monkeypatch.setattr(module, save)
 
 
@@ -120,6 +122,39 @@ def test_command_with_a_run(command, tmp_path, own_config, capsys):
     assert "Report: out/alignment/own/index.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("policy", "ap50"), [("ignore", 100), ("drop", 100), ("count", 50.5)])
+def test_difficult_objects_by_the_runs_policy(
+    command, tmp_path, own_data, own_config, policy, ap50
+):
+    """Of two objects a difficult one is not found."""
+    content = json.loads(Path(own_data[0]).read_text())
+    content["annotations"] = content["annotations"][:2]
+    content["annotations"][1]["difficult"] = 1
+    Path(own_data[0]).write_text(json.dumps(content))
+    results = tmp_path / "out/inference/own"
+    results.mkdir(parents=True)
+    config = yaml.safe_load(Path(own_config).read_text())
+    config["DATASETS"]["VOC_DIFFICULT"] = policy
+    (tmp_path / "out/config.yaml").write_text(yaml.safe_dump(config))
+    found = {"image_id": 0, "category_id": 7, "bbox": [8, 10, 28, 30], "score": 0.9}
+    (results / "coco_instances_results.json").write_text(json.dumps([found]))
+    assert command("--run", "out") == 0
+    report = json.loads((tmp_path / "out/alignment/own/alignment.json").read_text())
+    assert report["out"]["ap"]["AP50"] == pytest.approx(ap50, abs=0.01)
+
+
+def test_runs_of_two_policies_are_not_mixed(command, tmp_path, own_config, capsys):
+    for name, policy in (("a", "ignore"), ("b", "count")):
+        results = tmp_path / name / "inference/own"
+        results.mkdir(parents=True)
+        (results / "coco_instances_results.json").write_text("[]")
+        config = yaml.safe_load(Path(own_config).read_text())
+        config["DATASETS"]["VOC_DIFFICULT"] = policy
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    assert command("--run", "a", "b") == 2
+    assert "b: DATASETS.VOC_DIFFICULT is 'count', but the first" in capsys.readouterr().err
+
+
 def test_nothing_found_is_a_report_too(tmp_path, own_data, draw_fast):
     (tmp_path / "none.json").write_text("[]")
     ground_truth, images = own_data
@@ -140,7 +175,7 @@ def test_nothing_found_is_a_report_too(tmp_path, own_data, draw_fast):
         (("--ground-truth", "GT", "--detections", "x.json"), "x.json: can't be read"),
         (("--ground-truth", "GT", "--detections", "a=x", "a=y"), "give each a name of its own"),
         (("--ground-truth", "GT", "--detections", "D", "--images", "no"), "folder 'no' not found"),
-        (("--ground-truth", "GT", "--detections", "D", "--images", "."), "image '0.png' of"),
+        (("--ground-truth", "GT", "--detections", "D", "--images", "."), "0.png', named by"),
         (("--ground-truth", "GT", "--detections", "D", "--output", "GT"), "can't be written"),
     ],
 )

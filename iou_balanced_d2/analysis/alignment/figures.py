@@ -6,43 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
-from .alignment_measures import IOU_BINS, IOU_PERCENT
+from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
+from ..plots import COLORS, new_figure, save_figure, style
+from .measures import IOU_BINS
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; with markers, as a second sign.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 _EDGES = np.linspace(0, 1, IOU_BINS + 1)
 _CENTERS = (_EDGES[:-1] + _EDGES[1:]) / 2
-_MOST_CLASSES = 12
 
 Results = Mapping[str, dict[str, Any]]
-
-
-def style(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th detector, as arguments of ``plot``."""
-    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure (inches) without a window, and its axes (rows, columns) with a light grid."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_figure(figure: Figure, file: Path) -> Path:
-    """Write the figure as PNG to ``file`` and as SVG beside it; returns the PNG."""
-    figure.savefig(file, dpi=130)
-    figure.savefig(file.with_suffix(".svg"))
-    return file
 
 
 @contextmanager
@@ -54,17 +27,16 @@ def _single(file: Path, width: float = 7.0, height: float = 4.2) -> Iterator[Any
 
 def draw_ap(results: Results, file: Path) -> Path:
     """AP over IoU thresholds, and the two ceilings above it."""
-    thresholds = np.array(IOU_PERCENT) / 100
     dashes = {"perfect_ranking": "--", "perfect_placing": ":"}
     with _single(file, 8.0) as ax:
         for i, (name, result) in enumerate(results.items()):
             values = [result["ap"][f"AP{t}"] for t in IOU_PERCENT]
-            ax.plot(thresholds, values, label=name, linewidth=2, **style(i))
+            ax.plot(IOU_THRESHOLDS, values, label=name, linewidth=2, **style(i))
             for kind, ceiling in result["ceilings"].items():
                 values = [ceiling[f"AP{t}"] for t in IOU_PERCENT]
                 label = f"{name}, {kind.replace('_', ' ')}"
-                ax.plot(thresholds, values, dashes[kind], label=label, color=style(i)["color"])
-        ax.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, None), xticks=thresholds)
+                ax.plot(IOU_THRESHOLDS, values, dashes[kind], label=label, color=style(i)["color"])
+        ax.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, None), xticks=IOU_THRESHOLDS)
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return file
 
@@ -102,7 +74,7 @@ def draw_density(results: Results, file: Path) -> Path:
     for ax, (name, result) in zip(axes[0], results.items(), strict=True):
         counts = np.where(result["density"] > 0, result["density"], np.nan).T
         mesh = ax.pcolormesh(_EDGES, _EDGES, counts, cmap="cividis", norm=LogNorm(1, most))
-        ax.plot(_CENTERS, result["iou_bins"]["mean_score"], color="#D55E00", linewidth=2)
+        ax.plot(_CENTERS, result["iou_bins"]["mean_score"], color=COLORS[1], linewidth=2)
         ax.set(xlabel="IoU of the box", title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.grid(False)
     axes[0, 0].set_ylabel("score (line: its mean)")
@@ -126,26 +98,4 @@ def draw_calibration(results: Results, file: Path) -> Path:
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.legend(frameon=False, fontsize=8, loc="upper left")
     axes[0, 0].set_ylabel("share of right detections")
-    return save_figure(figure, file)
-
-
-def draw_classes(results: Results, file: Path) -> Path:
-    """Mean score per bin of IoU for the classes with the most objects."""
-    classes = next(iter(results.values()))["classes"]
-    names = sorted(classes, key=lambda c: -classes[c]["num_objects"])[:_MOST_CLASSES]
-    columns = max(min(4, len(names)), 1)
-    rows = max(-(-len(names) // columns), 1)
-    figure, axes = new_figure(2.7 * columns, 0.4 + 2.3 * rows, rows, columns)
-    for ax in axes.flat[len(names) :]:
-        ax.axis("off")
-    for ax, class_name in zip(axes.flat, names, strict=False):
-        for i, (name, result) in enumerate(results.items()):
-            bins = result["classes"][class_name]["iou_bins"]
-            ax.plot(_CENTERS, bins["mean_score"], label=name, **{**style(i), "markersize": 2.5})
-        objects = classes[class_name]["num_objects"]
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-        ax.set_title(f"{class_name} ({objects} objects)", fontsize=9)
-    figure.supxlabel("IoU of the box")
-    figure.supylabel("mean score")
-    axes[0, 0].legend(frameon=False, fontsize=7, loc="upper left")
     return save_figure(figure, file)

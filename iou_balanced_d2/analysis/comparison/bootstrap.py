@@ -1,7 +1,7 @@
 """AP of images drawn with replacement, without matching anew.
 
 An image drawn m times counts m times: its detections and objects get the weight m in the running
-sums that precision and recall are made of. Letters as in ``matching``; B resamples, S runs,
+sums that precision and recall are made of. Letters as in ``matches``; B resamples, S runs,
 M metrics.
 """
 
@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.metrics import AREAS, IOU_PERCENT
-from .matching import Matches
+from ...evaluation.matching import RECALLS
+from ...evaluation.metrics import AREAS, IOU_PERCENT
+from .matches import Matches
 
 Array = NDArray[Any]
-# COCO's points of recall, by its own expression: ten of them are off r / 100 by their last bit.
-RECALLS = np.linspace(0.0, 1.00, 101)
 # Resamples that are computed together: few enough that the arrays of a class fit in the cache.
 _CHUNK = 64
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from iou_balanced_d2.analysis.runs import Annotations, load_side, parse_side, read_curves
+from iou_balanced_d2.analysis.comparison.runs import Annotations, load_run, read_curves
 from iou_balanced_d2.errors import UserError
 
-from ..command import forget_own_data
-from .drawn import write_run
+from ...command import forget_own_data
+from ..drawn import write_run
 
 
 @pytest.fixture
@@ -25,21 +25,19 @@ def run_directory(tmp_path, own_data):
 
 
 def test_data_sets_are_those_of_the_config(run_directory, own_data):
-    side = load_side("a", [run_directory, run_directory])
-    assert side.name == "a"
-    assert len(side.runs) == 2
-    assert side.runs[0].ground_truth == {"own": Annotations(own_data[0], "count")}
-    assert list(side.runs[0].detections) == ["own"]
-    assert side.runs[0].detections["own"].endswith("run/inference/own/coco_instances_results.json")
+    run = load_run(run_directory)
+    assert run.ground_truth == {"own": Annotations(own_data[0], "count")}
+    assert list(run.detections) == ["own"]
+    assert run.detections["own"].endswith("run/inference/own/coco_instances_results.json")
 
 
 def test_ground_truth_by_hand_goes_first(run_directory):
-    (run,) = load_side("a", [run_directory], {"own": "other.json"}).runs
+    run = load_run(run_directory, {"own": "other.json"})
     assert run.ground_truth == {"own": Annotations("other.json", "count")}
 
 
 def test_a_file_of_detections():
-    (run,) = load_side("a", [__file__], {"x": "truth.json"}).runs
+    run = load_run(__file__, {"x": "truth.json"})
     assert run.detections == {"x": __file__}
 
 
@@ -47,7 +45,7 @@ def test_the_folder_of_detectron2s_own_scripts(tmp_path):
     (tmp_path / "inference").mkdir()
     file = tmp_path / "inference/coco_instances_results.json"
     file.write_text("[]")
-    (run,) = load_side("a", [tmp_path], {"x": "truth.json"}).runs
+    run = load_run(tmp_path, {"x": "truth.json"})
     assert run.detections == {"x": str(file)}
 
 
@@ -67,33 +65,18 @@ def test_faults_of_the_config(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.yaml").write_text(config)
     with pytest.raises(UserError, match=message) as error:
-        load_side("a", [tmp_path])
+        load_run(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_faults_of_the_run(tmp_path, run_directory):
     (run_directory / "inference/own/coco_instances_results.json").unlink()
     with pytest.raises(UserError, match="evaluate the run first"):
-        load_side("a", [run_directory])
+        load_run(run_directory)
     with pytest.raises(UserError, match="not found"):
-        load_side("a", [tmp_path / "nowhere"])
-    with pytest.raises(UserError, match="has no run"):
-        load_side("a", [])
+        load_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs one --ground-truth NAME=FILE, got none"):
-        load_side("a", [__file__])
-
-
-def test_sides_of_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("both_seed1", "both_seed2", "base", "odd=name"):
-        (tmp_path / name).mkdir()
-    assert parse_side("base/") == ("base", ["base"])
-    assert parse_side("b=both_seed*") == ("b", ["both_seed1", "both_seed2"])
-    assert parse_side("both_seed2,both_seed1") == ("both", ["both_seed2", "both_seed1"])
-    assert parse_side("odd=name") == ("odd=name", ["odd=name"])
-    for text, message in (("none*", "no run fits 'none\\*'"), ("b=", "has no run")):
-        with pytest.raises(UserError, match=message):
-            parse_side(text)
+        load_run(__file__)
 
 
 def test_curves(tmp_path, run_directory):
@@ -104,7 +87,7 @@ def test_curves(tmp_path, run_directory):
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 59, "tot'
     (run_directory / "metrics.json").write_text(text)
-    (run,) = load_side("a", [run_directory]).runs
+    run = load_run(run_directory)
     assert read_curves(run) == {
         "total_loss": [(19, 2.0), (39, 1.0)],
         "bbox/AP": [(39, 10.0)],

@@ -13,10 +13,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
-from .alignment import Alignment
-from .alignment_data import GroundTruth
-from .alignment_matching import MIN_IOU
-from .alignment_measures import WELL_PLACED
+from ...evaluation.detections import GroundTruth
+from .analysis import Alignment
+from .measures import MIN_IOU, WELL_PLACED
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,7 @@ def draw_cases(
     """
     files, captions = [], []
     for number, case in enumerate(cases, start=1):
-        image_row = int(ground_truth.group[case.gt] % len(ground_truth.images))
-        name = ground_truth.images[image_row]["file_name"]
+        name = ground_truth.images[ground_truth.image[case.gt]]["file_name"]
         try:
             image = read_image(os.path.join(image_root, name), "RGB")
         except (OSError, SyntaxError) as error:  # PIL raises the latter on broken PNGs
@@ -94,7 +92,7 @@ def draw_cases(
 
 
 def _caption(ground_truth: GroundTruth, alignment: Alignment, case: Case, name: str) -> str:
-    label = ground_truth.classes[int(ground_truth.group[case.gt] // len(ground_truth.images))]
+    label = ground_truth.classes[ground_truth.label[case.gt]]
     shown = [_label(alignment, row) for row in case.detections]
     return f"{name}: {label}, " + "; better placed: ".join(shown)
 

@@ -1,22 +1,19 @@
 """The runs of a comparison: where their detections, ground truth and curves are."""
 
-import glob
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import add_iou_balanced_config
-from ..data import check_difficult_policy, prepare_dataset, register_datasets_of
-from ..data.demo import ensure_demo_datasets
-from ..errors import UserError
+from ...config import add_iou_balanced_config
+from ...data import check_difficult_policy, prepare_dataset, register_datasets_of
+from ...data.demo import ensure_demo_datasets
+from ...errors import UserError
+from ..training_log import read_training_log
 
 RESULTS = "coco_instances_results.json"
 _LOSSES = ("total_loss", "loss_cls", "loss_box_reg")
@@ -28,7 +25,7 @@ class Annotations:
 
     Attributes:
         path: a JSON file in COCO's instance format.
-        difficult: the policy for difficult objects, see :func:`prepare_ground_truth`.
+        difficult: the policy for difficult objects, DATASETS.VOC_DIFFICULT.
     """
 
     path: str
@@ -50,42 +47,21 @@ class Run:
     ground_truth: dict[str, Annotations]
 
 
-@dataclass(frozen=True)
-class Side:
-    """Runs of the same setting.
-
-    Attributes:
-        name: what reports call it.
-        runs: at least one.
-    """
-
-    name: str
-    runs: tuple[Run, ...]
-
-
-def load_side(
-    name: str, runs: Sequence[str | Path], ground_truth: Mapping[str, str] | None = None
-) -> Side:
-    """Find what belongs to the runs of a side; no detections are read yet.
+def load_run(path: str | Path, ground_truth: Mapping[str, str] | None = None) -> Run:
+    """Find what belongs to a run; no detections are read yet.
 
     Args:
-        name: what reports call it.
-        runs: OUTPUT_DIRs of ``train_net.py``, or files of detections in COCO's format.
+        path: OUTPUT_DIR of ``train_net.py``, or a file of detections in COCO's format.
         ground_truth: data set -> JSON file. The data sets compared are these then; without, they
             are DATASETS.TEST of the run's ``config.yaml``, read as that config says.
 
     Returns:
-        the side.
+        the run.
 
     Raises:
         UserError: if a file is missing, or it is not clear what data set a file is of.
     """
-    if not runs:
-        raise UserError(f"side {name!r} has no run")
-    return Side(name, tuple(_load_run(str(path), dict(ground_truth or {})) for path in runs))
-
-
-def _load_run(path: str, given: dict[str, str]) -> Run:
+    path, given = str(path), dict(ground_truth or {})
     if os.path.isfile(path):
         if len(given) != 1:
             raise UserError(
@@ -163,64 +139,14 @@ def _json_file(name: str) -> str:
     return str(json_file)
 
 
-def parse_side(text: str) -> tuple[str, list[str]]:
-    """A side as the command line has it.
-
-    Args:
-        text: runs joined by commas, each a path or a pattern with ``*``, after ``NAME=`` if the
-            side is to have a name of its own.
-
-    Returns:
-        name and paths; without a name it is that of the first run, without a number at its end
-        where there are several.
-
-    Raises:
-        UserError: if nothing fits.
-    """
-    name, sign, rest = text.partition("=")
-    if not sign or os.path.exists(text):
-        name, rest = "", text
-    paths: list[str] = []
-    for part in filter(None, rest.split(",")):
-        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
-        if not found:
-            raise UserError(f"no run fits {part!r}")
-        paths += [os.path.normpath(path) for path in found]
-    if not paths:
-        raise UserError(f"side {text!r} has no run")
-    if not name:
-        name = Path(paths[0]).stem if os.path.isfile(paths[0]) else Path(paths[0]).name
-        if len(paths) > 1:
-            name = re.sub(r"[-_.]?(seed|run)?[-_.]?\d+$", "", name) or name
-    return name, paths
-
-
 def read_curves(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """What ``metrics.json`` tells of a training.
+    """The losses and the APs on the test sets that a training has logged.
 
     Args:
-        run: its directory may lack the file.
+        run: its directory may lack ``metrics.json``.
 
     Returns:
-        name -> (iteration, value) by iteration, of the losses and of AP on the test sets; of an
-        iteration run twice, after a resume, the later one.
+        name -> (iteration, value) by iteration.
     """
-    file = Path(run.path, "metrics.json")
-    if not file.is_file():
-        return {}
-    curves: dict[str, dict[int, float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        scalars = _scalars(line)
-        for key, value in scalars.items():
-            if key in _LOSSES or key == "bbox/AP" or key.endswith("/bbox/AP"):
-                curves.setdefault(key, {})[scalars["iteration"]] = value
-    return {key: sorted(points.items()) for key, points in curves.items()}
-
-
-def _scalars(line: str) -> dict[str, Any]:
-    """One line of metrics.json; {} for one that a killed training left unfinished."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) and "iteration" in content else {}
+    log = read_training_log(run.path)
+    return {k: v for k, v in log.items() if k in _LOSSES or f"/{k}".endswith("/bbox/AP")}

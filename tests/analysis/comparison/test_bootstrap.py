@@ -5,22 +5,21 @@ import copy
 import numpy as np
 import pytest
 
-from iou_balanced_d2.analysis.bootstrap import (
+from iou_balanced_d2.analysis.comparison.bootstrap import (
     draw_images,
     metric_names,
     metrics_of,
     resampled_ap,
 )
-from iou_balanced_d2.analysis.matching import match, pool
+from iou_balanced_d2.analysis.comparison.matches import outcomes_of, pool
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 
-from ..evaluation.synthetic import random_case
-from .drawn import draw_detections, draw_truth, duplicated
+from ...evaluation.synthetic import arrays_of, random_case
+from ..drawn import draw_detections, draw_truth, duplicated
 
 
 def metrics_by_us(coco, detections, times):
-    # A copy, as the evaluation leaves its marks in the annotations.
-    outcomes = match(copy.deepcopy(coco), detections)
+    outcomes = outcomes_of(*arrays_of(coco, detections))
     matches = [[pool([area], [0]) for area in areas] for areas in outcomes]
     weights = np.array([times], np.int32)
     names = [c["name"] for c in coco.dataset["categories"]]
@@ -50,13 +49,6 @@ def test_plain_ap_is_that_of_the_evaluator(seed, share_difficult):
     assert 5 < found["AP"] < 95
 
 
-@pytest.mark.parametrize("policy", ["count", "drop"])
-def test_policies_of_difficult_objects(policy):
-    coco, detections = random_case(1, difficult=policy, share_difficult=0.3)
-    found = metrics_by_us(coco, detections, np.ones(len(coco.imgs), int))
-    assert_equal(found, metrics_by_pycocotools(coco, detections))
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_weights_are_copies_of_images(seed):
     rng = np.random.default_rng(seed)
@@ -75,7 +67,7 @@ def test_weights_are_copies_of_images(seed):
 
 def test_two_data_sets_are_pooled():
     cases = [random_case(seed) for seed in (1, 2)]
-    outcomes = [match(*case) for case in cases]
+    outcomes = [outcomes_of(*arrays_of(*case)) for case in cases]
     offsets = [0, len(cases[0][0].imgs)]
     matches = [[pool(parts, offsets) for parts in zip(*areas, strict=True)]
                for areas in zip(*outcomes, strict=True)]  # fmt: skip

@@ -1,0 +1,209 @@
+"""Does side B beat side A: AP of several runs, and differences with their uncertainty."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UserError
+from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
+from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap
+from .matches import Matches, outcomes_of, pool
+from .runs import Annotations, Run, load_run, read_curves
+from .statistics import Difference, SideValues, differences, spread_of_runs, verdict
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SideResult:
+    """A side's metrics.
+
+    Attributes:
+        name: what reports call it.
+        runs: paths of its S runs.
+        values: (S, M) in percent; NaN where there is no object to find.
+        curves: for each run, name -> (iteration, value); see :func:`read_curves`.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    values: Array
+    curves: tuple[dict[str, list[tuple[int, float]]], ...]
+
+    def mean(self) -> Array:
+        """(M,) mean over runs."""
+        mean: Array = self.values.mean(axis=0)
+        return mean
+
+    def deviation(self) -> Array:
+        """(M,) standard deviation over runs; NaN for a single run."""
+        if len(self.values) == 1:
+            return np.full(self.values.shape[1], math.nan)
+        deviation: Array = self.values.std(axis=0, ddof=1)
+        return deviation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sides, and the differences of all but the first from the first.
+
+    Attributes:
+        metrics: M names: AP, AP50 to AP95, APs, APm, APl, and AP-<class>.
+        sides: the results of each.
+        differences: side -> M differences; in the order of ``sides``.
+        datasets: data set -> its number of images.
+        resamples: how often images were drawn.
+        seed: of the drawing.
+    """
+
+    metrics: list[str]
+    sides: list[SideResult]
+    differences: dict[str, list[Difference]]
+    datasets: dict[str, int]
+    resamples: int
+    seed: int
+
+    def verdicts(self) -> list[str]:
+        """One sentence on AP for each side but the first."""
+        first = self.sides[0].name
+        return [verdict(name, first, found[0]) for name, found in self.differences.items()]
+
+
+def compare_sides(
+    sides: Mapping[str, Sequence[str | Path]],
+    *,
+    ground_truth: Mapping[str, str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare sides with the first of them.
+
+    Args:
+        sides: name -> run directories, or files of detections; see :func:`load_run`.
+        ground_truth: data set -> JSON file; by default what the runs' configs name.
+        resamples: how often images are drawn, at least 100.
+        seed: of the drawing.
+
+    Returns:
+        the comparison.
+
+    Raises:
+        UserError: if there are fewer than two sides, or files are missing, broken or do not fit
+            together.
+    """
+    if len(sides) < 2:
+        raise UserError("nothing to compare with: name at least two sides")
+    if resamples < 100:
+        raise UserError(f"{resamples} resamples tell nothing: take 100 or more (1000 is usual)")
+    for name, paths in sides.items():
+        if not paths:
+            raise UserError(f"side {name!r} has no run")
+    loaded = {name: [load_run(p, ground_truth) for p in paths] for name, paths in sides.items()}
+    runs = [run for side in loaded.values() for run in side]
+    _check_same_ground_truth(runs)
+    truths = _read_ground_truths(runs[0].ground_truth)
+    datasets = {name: len(truth.images) for name, truth in truths.items()}
+    weights = draw_images(sum(datasets.values()), resamples, np.random.default_rng(seed))
+    by_side = {name: _side_values(side, truths, weights) for name, side in loaded.items()}
+    spread = spread_of_runs(list(by_side.values()))
+    (_, first), *others = by_side.items()
+    return Comparison(
+        metrics=metric_names(next(iter(truths.values())).classes),
+        sides=[_result(name, loaded[name], values) for name, values in by_side.items()],
+        differences={
+            name: differences(first, other, spread, weights.shape[1]) for name, other in others
+        },
+        datasets=datasets,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _result(name: str, runs: Sequence[Run], values: SideValues) -> SideResult:
+    curves = tuple(map(read_curves, runs))
+    return SideResult(name, tuple(run.path for run in runs), values.plain, curves)
+
+
+def _check_same_ground_truth(runs: Sequence[Run]) -> None:
+    """Make sure that all runs were evaluated on the same objects.
+
+    Raises:
+        UserError: naming the two runs and what differs.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        both = f"{first.path} and {run.path}"
+        if run.ground_truth.keys() != first.ground_truth.keys():
+            raise UserError(
+                f"{both} have different data sets: {', '.join(first.ground_truth)} against "
+                f"{', '.join(run.ground_truth)}; --ground-truth NAME=FILE names those to compare on"
+            )
+        for name, mine in run.ground_truth.items():
+            other = first.ground_truth[name]
+            if mine.difficult != other.difficult:
+                raise UserError(
+                    f"{both} treat difficult objects differently: VOC_DIFFICULT is "
+                    f"{other.difficult!r} against {mine.difficult!r}"
+                )
+            if mine.path != other.path and _content(mine) != _content(other):
+                raise UserError(
+                    f"{both} have different ground truths of {name!r}: {other.path} against "
+                    f"{mine.path}"
+                )
+
+
+def _content(annotations: Annotations) -> bytes:
+    try:
+        return Path(annotations.path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{annotations.path}: can't be read: {error.strerror}") from error
+
+
+def _read_ground_truths(ground_truth: Mapping[str, Annotations]) -> dict[str, GroundTruth]:
+    """The objects of each data set; classes must be the same for all.
+
+    Raises:
+        UserError: if they are not, or there is no image.
+    """
+    truths: dict[str, GroundTruth] = {}
+    for name, annotations in ground_truth.items():
+        truths[name] = read_ground_truth(annotations.path, annotations.difficult)
+        first = next(iter(truths))
+        if truths[name].classes != truths[first].classes:
+            raise UserError(f"data sets {first!r} and {name!r} have different classes")
+        if not truths[name].images:
+            raise UserError(f"{annotations.path}: there are no images")
+    return truths
+
+
+def _side_values(
+    runs: Sequence[Run], truths: Mapping[str, GroundTruth], weights: Array
+) -> SideValues:
+    plain, drawn = zip(*(_values(run, truths, weights) for run in runs), strict=True)
+    return SideValues(np.stack(plain), np.stack(drawn))
+
+
+def _values(run: Run, truths: Mapping[str, GroundTruth], weights: Array) -> tuple[Array, Array]:
+    """Metrics (M,) of a run as it is, and (B, M) of the images drawn."""
+    matches = _matches(run, truths)
+    ones = np.ones((1, weights.shape[1]), np.int32)
+    return metrics_of(resampled_ap(matches, ones))[0], metrics_of(resampled_ap(matches, weights))
+
+
+def _matches(run: Run, truths: Mapping[str, GroundTruth]) -> list[list[Matches]]:
+    """Matches [K][A] of all data sets together."""
+    parts = [
+        outcomes_of(truth, read_detections(run.detections[name], truth))
+        for name, truth in truths.items()
+    ]
+    sizes = [len(truth.images) for truth in truths.values()]
+    offsets = np.cumsum([0, *sizes[:-1]]).tolist()
+    return [
+        [pool(outcomes, offsets) for outcomes in zip(*areas, strict=True)]
+        for areas in zip(*parts, strict=True)
+    ]

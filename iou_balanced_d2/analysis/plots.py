@@ -1,0 +1,34 @@
+"""What all figures share: colours, axes and files."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; with markers, as a second sign.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def style(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th detector, as arguments of ``plot``."""
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure (inches) without a window, and its axes (rows, columns) with a light grid."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, file: Path) -> Path:
+    """Write the figure as PNG to ``file`` and as SVG beside it; returns the PNG."""
+    figure.savefig(file, dpi=130)
+    figure.savefig(file.with_suffix(".svg"))
+    return file
