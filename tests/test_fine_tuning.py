@@ -66,10 +66,10 @@ def test_a_stock_checkpoint_is_loaded_whole_and_w_loc_measured_afresh(stock_chec
     ]
     for name, value in stock.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert model.iou_balanced_loss.loc_weight.w_loc == 0
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc == 0
     with EventStorage(0):
         model(toy_batch())
-    assert model.iou_balanced_loss.loc_weight.w_loc > 1
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc > 1
 
 
 @pytest.mark.parametrize("heuristics", [False, True])

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ..modeling import interface_of
+
 # A parameter's name, its shape in the checkpoint, and its shape in the model.
 Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
@@ -12,8 +14,8 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     """One line on layers that do not fit because the number of classes is another one.
 
     Args:
-        model: a dense detector with ``num_classes``; ``num_background_scores`` is how many scores
-            each anchor has beside the classes' (none if it has no such attribute).
+        model: a dense detector with ``num_classes``; its :class:`DetectorInterface` says
+            how many scores each anchor has beside the classes'.
         mismatches: what fvcore's checkpointer found, ``incorrect_shapes`` of its result.
 
     Returns:
@@ -24,7 +26,7 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     num_classes = getattr(model, "num_classes", None)
     if not (mismatches and isinstance(num_classes, int)):
         return ""
-    background = getattr(model, "num_background_scores", 0)
+    background = interface_of(type(model)).num_background_scores
     found = {_classes_in_checkpoint(m, num_classes, background) for m in mismatches}
     if len(found) != 1 or found == {0}:
         return ""

@@ -16,7 +16,7 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     assert out.count("w_loc measured") == 1
     assert "AP,AP50,AP55,AP60" in out
     first = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
-    assert first["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"] > 1
+    assert first["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"] > 1
     assert first["iteration"] == 3
 
     code, out, err = run(
@@ -27,9 +27,9 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
     second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
-    assert states[1]["loc_weight"] == states[0]["loc_weight"]
+    assert states[1]["w_loc_measurement"] == states[0]["w_loc_measurement"]
     # Each image has positives, so two more steps have moved the average of the normaliser on.
-    assert states[1]["loss_normalizer"] != states[0]["loss_normalizer"]
+    assert states[1]["num_pos_ema"] != states[0]["num_pos_ema"]
 
     augmented = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(48, 64)"]
     weights = ["MODEL.WEIGHTS", "out/model_final.pth"]

@@ -155,7 +155,7 @@ def test_iou_balanced_losses_are_the_equations():
     expected, w_loc = numpy_losses(*arguments_of_losses(model, batch()))
     losses, _ = step(model, batch())
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert float(model.iou_balanced_loss.loc_weight.w_loc) == pytest.approx(w_loc, rel=1e-5)
+    assert float(model.iou_balanced_loss.w_loc_measurement.w_loc) == pytest.approx(w_loc, rel=1e-5)
     # Eq. 2 keeps the sum of the positives' loss, w_loc as measured here that of the box loss.
     plain = toy_model(*PLAIN)
     assert losses == pytest.approx(step(plain, batch())[0], rel=1e-5)
@@ -241,9 +241,9 @@ def test_training_state_is_saved_and_resumed():
     state = LossState(model).state_dict()
     fresh = toy_model(*BALANCED)
     LossState(fresh).load_state_dict(state)
-    w_loc = fresh.iou_balanced_loss.loc_weight.w_loc
+    w_loc = fresh.iou_balanced_loss.w_loc_measurement.w_loc
     assert w_loc > 1
-    assert w_loc == model.iou_balanced_loss.loc_weight.w_loc
+    assert w_loc == model.iou_balanced_loss.w_loc_measurement.w_loc
 
 
 def test_w_loc_of_ones_own():
