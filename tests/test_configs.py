@@ -74,6 +74,16 @@ def test_variants_differ_from_the_baseline_in_the_losses_keys_alone(baseline, po
         assert cfg == plain
 
 
+@pytest.mark.parametrize("rival", ["quality_focal", "varifocal"])
+def test_the_rivals_configs_differ_from_the_baseline_in_one_key(rival):
+    plain = load_config(get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg = load_config(get_config_file(f"COCO-Detection/retinanet_R_50_FPN_1x_{rival}.yaml"))
+    assert cfg.MODEL.IOU_BALANCED.CLS_LOSS == rival
+    cfg.MODEL.IOU_BALANCED.CLS_LOSS = "iou_balanced"
+    cfg.OUTPUT_DIR = plain.OUTPUT_DIR
+    assert cfg == plain
+
+
 def test_every_config_of_the_losses_is_compared_with_its_baseline():
     compared = {get_config_file(f"{name}{s}.yaml") for name, powers in VARIANTS for s in powers}
     assert compared == {str(path) for path in config_files() if "_iou_balanced" in path.stem}

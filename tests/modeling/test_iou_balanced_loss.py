@@ -91,6 +91,33 @@ def test_losses_are_the_equations(scope, eta, lambda_, w_loc):
     np.testing.assert_allclose(module.w_loc_measurement.w_loc.item(), expected_w_loc, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+@pytest.mark.parametrize("lambda_", [0.0, 1.5])
+def test_rivals_are_their_equations_with_either_box_loss(name, lambda_):
+    batch = make_batch()
+    # What the rivals do not read is set to what would show.
+    module = make_loss(
+        cls_loss=name, loc_lambda=lambda_, normalizer="batch", cls_eta=3.0, cls_norm_scope="image",
+        focal_loss_alpha=0.9, focal_loss_gamma=5.0,
+    )  # fmt: skip
+    with EventStorage(0) as storage:
+        for _ in range(20):
+            losses = module(*batch)
+            storage.step()
+        assert "iou_balanced/cls_scale" not in storage.latest()
+    num = num_positives(batch)
+    _, box, iou, _ = oracle.detector_losses(
+        *to_numpy(batch), eta=0.0, lambda_=lambda_, w_loc=None, normalizer=num
+    )
+    _, logits, labels, *_ = to_numpy(batch)
+    flat = np.concatenate(logits, axis=1).reshape(-1, K)
+    cls = oracle.soft_target_sum(name, flat, labels.reshape(-1), iou) / num
+    np.testing.assert_allclose(losses["loss_cls"].item(), cls, rtol=1e-5)
+    np.testing.assert_allclose(losses["loss_box_reg"].item(), box, rtol=1e-5)
+    losses["loss_cls"].backward()
+    assert all(x.grad is None for x in batch[3]), "no gradient by way of the IoU"
+
+
 def constant_weight_loss(arrays, logits, deltas, w_loc):
     """The sum of both losses as a function of predictions, the weights fixed at ``arrays``."""
     anchors, logits_here, labels, deltas_here, gt = arrays

@@ -176,6 +176,21 @@ def test_losses_are_the_equations():
     np.testing.assert_allclose(box, (2.0 * iou**1.5 * loc).sum() / num_pos, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+def test_rivals_are_their_equations_and_leave_centerness_alone(name):
+    batch_normalizer = ("MODEL.IOU_BALANCED.NORMALIZER", "batch")
+    model = tiny_fcos("MODEL.IOU_BALANCED.CLS_LOSS", name, *batch_normalizer)
+    arguments = loss_arguments(model)
+    _, logits, labels, *_ = arguments
+    num_pos = int((torch.stack(labels) != K).sum())
+    plain, iou, _, _ = oracle_losses(*arguments, num_pos)
+    x, flat = torch.cat(logits, dim=1).double().numpy(), torch.stack(labels).numpy()
+    cls = oracle.soft_target_sum(name, x.reshape(-1, K), flat.reshape(-1), iou) / num_pos
+    losses = model.losses(*arguments)
+    np.testing.assert_allclose(losses["loss_fcos_cls"].item(), cls, rtol=1e-5)
+    np.testing.assert_allclose(losses["loss_fcos_ctr"].item(), plain["ctr"], rtol=1e-5)
+
+
 def test_boxes_that_start_without_area_train_by_the_plain_losses():
     """At IoU 0 eq. 2 is 0/0 and w_loc infinite: the weights are 1 until there is an overlap."""
     model, plain = tiny_fcos(), tiny_fcos(*PLAIN)

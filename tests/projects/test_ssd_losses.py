@@ -7,11 +7,13 @@ import torchvision
 from detectron2.utils.events import EventStorage
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
+from iou_balanced_d2.engine.checks import check_model
 from iou_balanced_d2.engine.loss_state import LossState
+from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.projects.ssd.losses import hard_negatives
 
 from ..toy import toy_inputs
-from .ssd_toy import NUM_CLASSES, toy_model
+from .ssd_toy import NUM_CLASSES, toy_config, toy_model
 
 K = NUM_CLASSES
 BALANCED = ("MODEL.META_ARCHITECTURE", "IoUBalancedSSD")
@@ -251,3 +253,11 @@ def test_w_loc_of_ones_own():
     anchors_on = toy_model(*BALANCED, "MODEL.IOU_BALANCED.LOC_WEIGHT", 1.0)
     twice, once = (step(m, batch())[0]["loss_box_reg"] for m in (model, anchors_on))
     assert twice == pytest.approx(2 * once, rel=1e-6)
+
+
+def test_the_rivals_of_the_sigmoid_are_refused():
+    options = ("MODEL.IOU_BALANCED.CLS_LOSS", "varifocal")
+    with pytest.raises(UserError, match=r"^MODEL\.IOU_BALANCED\.CLS_LOSS must be iou_balanced"):
+        check_model(toy_config(*BALANCED, *options))
+    with pytest.raises(ValueError, match="softmax"):
+        toy_model(*BALANCED, *options)
