@@ -156,8 +156,9 @@ class IoUBalancedLoss(nn.Module):
             self._update_state(sums)
             self._log(sums, num_images=len(gt_labels), num_pos=positives.num)
 
-        seen, scope = {"pos_iou": iou}, self.options.cls_norm_scope
+        loc_weights = self.w_loc_measurement.weights(iou)
         if self.options.cls_loss == "iou_balanced":
+            scope = self.options.cls_norm_scope
             cls_weights = iou_balanced_cls_weights(
                 iou,
                 cls_loss,
@@ -166,20 +167,17 @@ class IoUBalancedLoss(nn.Module):
                 sums=(sums.cls, sums.cls_balanced) if scope == "global" else None,
             )
             loss_cls = self._cls_loss(flat_logits, positives, cls_weights)
-            seen["cls_weight"] = cls_weights
         else:
+            cls_weights = torch.ones_like(iou)
             loss_cls = self._soft_target_loss(flat_logits, positives, iou)
-        seen["loc_weight"] = self.w_loc_measurement.weights(iou)
         if self.observer is not None:
-            self.observer(seen)
+            self.observer({"pos_iou": iou, "cls_weight": cls_weights, "loc_weight": loc_weights})
         losses = {
-            "loss_cls": loss_cls * self.options.cls_loss_weight,
-            "loss_box_reg": (loc_loss * seen["loc_weight"]).sum()
-            * self.options.bbox_reg_loss_weight,
+            "loss_cls": self.options.cls_loss_weight * loss_cls,
+            "loss_box_reg": self.options.bbox_reg_loss_weight * (loc_loss * loc_weights).sum(),
             **(extra_losses(positives, anchor, gt) if extra_losses else {}),
         }
-        ema = self.options.normalizer == "ema"
-        divisor = (self.num_pos_ema if ema else sums.num_pos.clamp(min=1)).to(loss_cls.dtype)
+        divisor = self._divisor(sums).to(loss_cls.dtype)
         return {name: loss / divisor for name, loss in losses.items()}
 
     def _find_positives(self, gt_labels: list[Tensor], level_sizes: list[int]) -> Positives:
@@ -263,6 +261,9 @@ class IoUBalancedLoss(nn.Module):
         loc_loss = self._loc_loss(deltas, anchor, gt)
         at_anchors = self._sums(iou, loc_loss, loc_loss)
         return sums._replace(loc=at_anchors.loc, loc_balanced=at_anchors.loc_balanced)
+
+    def _divisor(self, sums: _Sums) -> Tensor:
+        return self.num_pos_ema if self.options.normalizer == "ema" else sums.num_pos.clamp(min=1)
 
     @torch.no_grad()
     def _update_state(self, sums: _Sums) -> None:
