@@ -10,7 +10,8 @@ from ..command import forget_own_data, run
 
 
 def test_train_resume_and_evaluate(tmp_path, own_config):
-    code, out, err = run("--config-file", own_config, cwd=tmp_path)
+    steps = ("MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS", 2)
+    code, out, err = run("--config-file", own_config, *steps, cwd=tmp_path)
     assert code == 0, err
     assert "Running on the CPU" in out
     assert out.count("w_loc measured") == 1
@@ -20,15 +21,16 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     assert first["iteration"] == 3
 
     code, out, err = run(
-        "--config-file", own_config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path
+        "--config-file", own_config, "--resume", *steps, "SOLVER.MAX_ITER", 6, cwd=tmp_path
     )
     assert code == 0, err
     assert "Starting training from iteration 4" in out
     assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
     second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
-    assert states[1]["w_loc_measurement"] == states[0]["w_loc_measurement"]
-    # Each image has positives, so two more steps have moved the average of the normaliser on.
+    measured = [state["w_loc_measurement"] for state in states]
+    torch.testing.assert_close(measured[1], measured[0], rtol=0, atol=0)
+    # Each image has positives, so two more steps have moved the average of positives on.
     assert states[1]["num_pos_ema"] != states[0]["num_pos_ema"]
 
     augmented = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(48, 64)"]
