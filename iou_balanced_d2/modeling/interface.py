@@ -1,10 +1,9 @@
 """What a detector may say of itself to the training, beside detectron2's own interface."""
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from torch import nn
 
 from ..losses import LossOptions
 
@@ -54,7 +53,7 @@ class DetectorInterface(Protocol):
         """
 
 
-def interface_of(detector: type[nn.Module]) -> type[DetectorInterface]:
+def interface_of(detector: type[Any]) -> type[DetectorInterface]:
     """The detector's own interface if it has one, or that of all others.
 
     Args:
