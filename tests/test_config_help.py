@@ -70,12 +70,12 @@ def test_comments_are_read_with_the_keys_they_are_about():
 class ToyOptions:
     """A docstring."""
 
-    #: eq. 2; many lines
-    #: of words.
+    # eq. 2; many lines
+    # of words.
     power: float = 1.0
     other: int = 1
 
-    #: Else.
+    # Else.
     last: int = 2
 
 

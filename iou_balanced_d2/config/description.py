@@ -88,7 +88,7 @@ def _comment_at_the_end(lines: list[str]) -> str:
         text = line.strip()
         if not text.startswith("#"):
             break
-        words.insert(0, text.lstrip("#: "))
+        words.insert(0, text.lstrip("# "))
     return " ".join(words)
 
 
