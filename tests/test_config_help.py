@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from iou_balanced_d2 import add_iou_balanced_config
 from iou_balanced_d2.config.description import (
     KeyHelp,
-    _commented_keys,
+    _commented_names,
     config_help,
     format_help,
 )
@@ -28,7 +28,7 @@ CODE = "\n".join(
     path.read_text()
     for pattern in ("iou_balanced_d2/**/*.py", "projects/*/*/*.py", "*.py", "tools/*.py")
     for path in ROOT.glob(pattern)
-    if path.name not in ("defaults.py", "config.py")  # where the keys are set
+    if path.name not in ("defaults.py", "config.py", "options.py")  # where the keys are set
 )
 
 
@@ -57,14 +57,32 @@ def add_toy_config(cfg):
 
 
 def test_comments_are_read_with_the_keys_they_are_about():
-    assert dict(_commented_keys(add_toy_config)) == {
-        "MODEL.TOY": "What it is about: all of it.",
-        "MODEL.TOY.ENABLED": "What it is about: all of it.",
-        "MODEL.TOY.SIZE": "What it is about: all of it.",
-        "MODEL.TOY.POWERS": "eq. 2; many lines of words.",
-        "MODEL.TOY.OTHER": "eq. 2; many lines of words.",
-        "MODEL.TOY.UNKNOWN": "",
+    assert dict(_commented_names(add_toy_config)) == {
+        "cfg.MODEL.TOY": "What it is about: all of it.",
+        "cfg.MODEL.TOY.ENABLED": "What it is about: all of it.",
+        "cfg.MODEL.TOY.SIZE": "What it is about: all of it.",
+        "cfg.MODEL.TOY.POWERS": "eq. 2; many lines of words.",
+        "cfg.MODEL.TOY.OTHER": "eq. 2; many lines of words.",
+        "cfg.MODEL.TOY.UNKNOWN": "",
     }
+
+
+class ToyOptions:
+    """A docstring."""
+
+    # eq. 2; many lines
+    # of words.
+    power: float = 1.0
+    other: int = 1
+
+    # Else.
+    last: int = 2
+
+
+def test_comments_of_fields_are_read_as_well():
+    meaning = "eq. 2; many lines of words."
+    expected = {"power": meaning, "other": meaning, "last": "Else."}
+    assert dict(_commented_names(ToyOptions)) == expected
 
 
 def test_every_key_that_is_added_is_there_with_its_default():
@@ -116,7 +134,7 @@ def test_the_command_prints_it_without_a_warning():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "RuntimeWarning" not in done.stderr  # of runpy, about a module imported before
-    assert done.stdout.startswith("MODEL.IOU_BALANCED.CLS_ETA: 1.5\n    eta of eq. 2")
+    assert done.stdout.startswith("MODEL.IOU_BALANCED.CLS_LOSS: 'iou_balanced'\n    The")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -48,7 +48,9 @@ def test_every_config_but_the_bases_and_the_protocols_has_its_pair():
     baselines = {path.with_stem(path.stem.removesuffix("_iou_balanced")) for path in METHODS}
     others = {path.stem for path in CONFIGS if path not in {*METHODS, *baselines}}
     assert others == {"Base-RetinaNet", "Base-FCOS", "Base-SSD300", "Base-SSD512",
-                      "retinanet_R_50_FPN_cpu", "retinanet_R_50_FPN_gpu"}  # fmt: skip
+                      "retinanet_R_50_FPN_cpu", "retinanet_R_50_FPN_gpu",
+                      "retinanet_R_50_FPN_1x_quality_focal",
+                      "retinanet_R_50_FPN_1x_varifocal"}  # fmt: skip
 
 
 def test_resnext_has_the_inputs_and_layers_of_detectron2s_weights():
@@ -62,6 +64,16 @@ def test_resnext_has_the_inputs_and_layers_of_detectron2s_weights():
         zoo.MODEL.PIXEL_MEAN, zoo.MODEL.PIXEL_STD)  # fmt: skip
     zoo.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
     assert cfg.MODEL.RESNETS == zoo.MODEL.RESNETS
+
+
+@pytest.mark.parametrize("rival", ["quality_focal", "varifocal"])
+def test_the_rivals_configs_differ_from_the_baseline_in_one_key(rival):
+    plain = load_config(get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg = load_config(get_config_file(f"COCO-Detection/retinanet_R_50_FPN_1x_{rival}.yaml"))
+    assert cfg.MODEL.IOU_BALANCED.CLS_LOSS == rival
+    cfg.MODEL.IOU_BALANCED.CLS_LOSS = "iou_balanced"
+    cfg.OUTPUT_DIR = plain.OUTPUT_DIR
+    assert cfg == plain
 
 
 @pytest.mark.parametrize("name", ["R_50_FPN_1x", "R_101_FPN_3x"])

@@ -105,4 +105,4 @@ def test_pages_are_built_without_a_warning(tmp_path):
     reference = (pages / "docs/modules/losses.html").read_text()
     assert 'id="iou_balanced_d2.losses.iou_balanced_cls_weights"' in reference
     # The arguments of a class are described in its __init__.
-    assert "<strong>loc_weight_rule</strong>" in (pages / "docs/modules/modeling.html").read_text()
+    assert "<strong>focal_loss_alpha</strong>" in (pages / "docs/modules/modeling.html").read_text()

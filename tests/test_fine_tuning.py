@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from iou_balanced_d2 import model_zoo
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer, other_classes_message
+from iou_balanced_d2.modeling import DetectorInterface
 
 from .command import run
 from .toy import toy_batch, toy_config, toy_model
@@ -64,10 +65,10 @@ def test_a_stock_checkpoint_is_loaded_whole_and_w_loc_measured_afresh(stock_chec
     ]
     for name, value in stock.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert model.iou_balanced_loss.loc_weight.w_loc == 0
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc == 0
     with EventStorage(0):
         model(toy_batch())
-    assert model.iou_balanced_loss.loc_weight.w_loc > 1
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc > 1
 
 
 @pytest.mark.parametrize("heuristics", [False, True])
@@ -105,6 +106,10 @@ def test_layers_of_other_classes_start_anew_and_are_named(stock_checkpoint, capl
     assert torch.equal(model.head.bbox_pred.bias, stock.head.bbox_pred.bias)
 
 
+class WithBackground(torch.nn.Module, DetectorInterface):
+    num_background_scores = 1
+
+
 def shapes(*first, rest=()):
     """Mismatches of (rows in the checkpoint, rows in the model)."""
     return [(f"layer{i}", [a, *rest], [b, *rest]) for i, (a, b) in enumerate(first)]
@@ -117,7 +122,8 @@ def test_the_message_names_layers_and_both_numbers_of_classes():
     assert told.startswith("the checkpoint has 80 classes and this model 5 (NUM_CLASSES): layer0, ")
     assert "layer1 can't be loaded and start anew" in told
     # SSD: feature maps of 4 and 6 boxes, each with one more score.
-    model.num_background_scores = 1
+    model = WithBackground()
+    model.num_classes = 5
     assert "has 20 classes" in other_classes_message(model, shapes((84, 24), (126, 36)))
 
 
@@ -145,7 +151,8 @@ def test_numbers_of_classes_are_read_off_the_toys_layers(num_classes):
 
 def test_train_net_fine_tunes_it(own_config, stock_checkpoint):
     """3 classes in the checkpoint, 2 in the data: told, and trained."""
-    options = (*FIRST, "MODEL.WEIGHTS", stock_checkpoint[0], "SOLVER.MAX_ITER", 2)
+    steps = ("MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS", 1, "SOLVER.MAX_ITER", 2)
+    options = (*FIRST, *steps, "MODEL.WEIGHTS", stock_checkpoint[0])
     args = ("--config-file", own_config, *options, "SOLVER.STEPS", "(1,)")
     code, out, err = run(*args, cwd=own_config.parent)
     assert code == 0, (out + err)[-3000:]

@@ -37,6 +37,7 @@ model.backbone.top_block.in_channels = 512
 model.head.conv_dims = [16]
 model.head.input_shape = [ShapeSpec(channels=16)] * 5
 model.num_classes = 2
+model.iou_balanced.loc_weight_steps = 1
 for _part in (dataloader.train, dataloader.test):
     _part.dataset.names = "own"
     _part.num_workers = 0
@@ -87,9 +88,10 @@ def test_settings_are_those_of_the_yaml_config(name):
     cfg, lazy = model_zoo.get_config(yaml_name), model_zoo.get_config(lazy_name)
     keys = cfg.MODEL.IOU_BALANCED
     power = 1.5 if name.endswith("iou_balanced") else 0.0
-    assert (lazy.model.cls_eta, lazy.model.loc_lambda) == (power, power)
+    options = lazy.model.iou_balanced
+    assert (options.cls_eta, options.loc_lambda) == (power, power)
     assert (keys.CLS_ETA, keys.LOC_LAMBDA) == (power, power)
-    assert lazy.model.loc_weight_rule == keys.LOC_WEIGHT_RULE
+    assert options.loc_weight_rule == keys.LOC_WEIGHT_RULE
     assert (lazy.train.max_iter, lazy.optimizer.lr) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR)
     assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
 
@@ -116,10 +118,9 @@ def test_it_trains_resumes_and_evaluates(command, tmp_path):
     resumed = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     assert resumed["iteration"] == 2
     # w_loc was measured in the first training and kept.
-    w_loc = [key for key in state["losses"][0] if "w_loc" in key or "loc_weight" in key]
-    assert w_loc
-    assert all(str(resumed["iou_balanced"]["losses"][0][k]) == str(state["losses"][0][k])
-               for k in w_loc)  # fmt: skip
+    before, after = (s["losses"][0]["w_loc_measurement"] for s in (state, resumed["iou_balanced"]))
+    assert before["w_loc"] == after["w_loc"] > 1
+    assert torch.equal(before["sums"], after["sums"])
     weights = "train.init_checkpoint=out/model_final.pth"
     assert command("--eval-only", weights, "train.output_dir=evaluated") == 0
     results = tmp_path / "evaluated/inference/own/coco_instances_results.json"
@@ -143,7 +144,8 @@ def test_a_loss_that_is_not_finite_is_one_line(command, capsys):
 def test_mistakes_are_one_line(command, capsys):
     for args, words in (
         (["train.max_itr=3"], "unknown key 'train.max_itr'; did you mean 'train.max_iter'?"),
-        (["model.cls_et=3"], "unknown key 'model.cls_et'; did you mean 'model.cls_eta'?"),
+        (["model.iou_balanced.cls_et=3"], "did you mean 'model.iou_balanced.cls_eta'?"),
+        (["model.iou_balanced.cls_eta=-3"], "CLS_ETA must be a finite number >= 0, got -3"),
         (["train.max_iter=3", "--eval-only"], "'--eval-only' is no KEY=VALUE pair"),
         (["train.init_checkpoint=no.pth"], "train.init_checkpoint 'no.pth' not found"),
         (["--eval-only"], "nothing to evaluate"),

@@ -18,6 +18,7 @@ import statistics
 from types import SimpleNamespace
 from typing import Any
 
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import IoUBalancedLoss
 
 # isort: split
@@ -67,7 +68,9 @@ class Case:
         self.buffers = [torch.zeros_like(x) for x in self.logits]
         self.transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
         self.ours_module = IoUBalancedLoss(
-            num_classes=num_classes, box2box_transform=self.transform, loc_weight=W_LOC
+            num_classes=num_classes,
+            box2box_transform=self.transform,
+            options=LossOptions(loc_weight=W_LOC),
         ).to(device)
         self.stock_module = self._stock()
 

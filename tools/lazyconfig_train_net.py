@@ -4,11 +4,12 @@
 python tools/lazyconfig_train_net.py \
     --config-file configs/lazy/COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.py
 
-Overrides are KEY=VALUE: train.max_iter=1000 model.cls_eta=1.5. A config file runs code: take only
-those you trust.
+Overrides are KEY=VALUE: train.max_iter=1000 model.iou_balanced.cls_eta=1.5. A config file runs
+code: take only those you trust.
 """
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import os
@@ -24,6 +25,7 @@ from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.projects import import_projects
 
 # isort: split
@@ -64,6 +66,10 @@ def load(args: argparse.Namespace) -> DictConfig:
     for word in args.opts:
         check_override(word, keys)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    try:
+        instantiate(cfg.model.get("iou_balanced"))
+    except ValueError as error:
+        raise UserError(f"model.iou_balanced: {error}") from error
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
     weights = cfg.train.init_checkpoint
@@ -89,7 +95,10 @@ def model_arguments(cfg: DictConfig) -> list[str]:
     classes = [kind for kind in inspect.getmro(detector) if issubclass(kind, nn.Module)]
     found = [x for kind in classes for x in inspect.signature(kind).parameters.values()]
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [f"model.{x.name}" for x in found if x.kind not in several]
+    names = [x.name for x in found if x.kind not in several]
+    if "iou_balanced" in names:
+        names += [f"iou_balanced.{field.name}" for field in dataclasses.fields(LossOptions)]
+    return [f"model.{name}" for name in names]
 
 
 def check_override(word: str, keys: list[str]) -> None:
@@ -99,7 +108,8 @@ def check_override(word: str, keys: list[str]) -> None:
         raise UserError(f"{word!r} is no KEY=VALUE pair (flags stand before the first of those)")
     # Arguments of the model's parts may be left out in the file.
     node = key.rpartition(".")[0]
-    if key in keys or (node in keys and node.startswith("model.")):
+    open_nodes = [x for x in keys if x.startswith("model.") and x != "model.iou_balanced"]
+    if key in keys or node in open_nodes:
         return
     close = difflib.get_close_matches(key, keys, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -3,6 +3,6 @@
 ``python -m iou_balanced_d2.config`` prints each of them with its default and its meaning.
 """
 
-from .defaults import add_iou_balanced_config, iou_balanced_args
+from .defaults import add_iou_balanced_config, loss_options
 
-__all__ = ["add_iou_balanced_config", "iou_balanced_args"]
+__all__ = ["add_iou_balanced_config", "loss_options"]

@@ -1,7 +1,8 @@
 """What each config key of the project and of its projects means, from the comments at its default.
 
-The comments in ``defaults.py`` and ``projects/*/*/config.py`` are the only place where all keys are
-described; here they are read, to be printed by ``python -m iou_balanced_d2.config``.
+All keys are described in the comments of ``losses/options.py``, ``defaults.py`` and
+``projects/*/*/config.py`` alone; here they are read, to be printed by
+``python -m iou_balanced_d2.config``.
 """
 
 import ast
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, get_cfg
 
+from ..losses import LossOptions
 from ..projects import add_project_configs, import_projects
 from .defaults import add_iou_balanced_config
 
@@ -37,13 +39,19 @@ def config_help() -> list[KeyHelp]:
     cfg = get_cfg()
     add_iou_balanced_config(cfg)
     add_project_configs(cfg)
+    keys = [
+        (f"MODEL.IOU_BALANCED.{name.upper()}", meaning)
+        for name, meaning in _commented_names(LossOptions)
+    ]
     functions: list[Callable[[CfgNode], None]] = [add_iou_balanced_config]
     for name, module in import_projects().items():
         functions.append(getattr(module, f"add_{name}_config"))
+    for function in functions:
+        names = _commented_names(function)
+        keys += [(name.removeprefix("cfg."), meaning) for name, meaning in names]
     return [
         KeyHelp(key, _value(cfg, key), meaning)
-        for function in functions
-        for key, meaning in _commented_keys(function)
+        for key, meaning in keys
         if not isinstance(_value(cfg, key), CfgNode)
     ]
 
@@ -54,22 +62,23 @@ def _value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-def _commented_keys(function: Callable[[CfgNode], None]) -> Iterator[tuple[str, str]]:
-    """The keys that a function sets in its argument ``cfg``, each with its comment."""
-    source = textwrap.dedent(inspect.getsource(function))
+def _commented_names(definition: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+    """What a function or a class sets in its body, such as "cfg.SEED", each with its comment."""
+    source = textwrap.dedent(inspect.getsource(definition))
     lines = source.splitlines()
-    definition = ast.parse(source).body[0]
-    assert isinstance(definition, ast.FunctionDef)
+    tree = ast.parse(source).body[0]
+    assert isinstance(tree, ast.FunctionDef | ast.ClassDef)
     meaning = ""
-    for node in definition.body:
-        if not isinstance(node, ast.Assign):
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         above = lines[: node.lineno - 1]
         comment = _comment_at_the_end(above)
         # A blank line ends what a comment is about.
         if comment or not above[-1].strip():
             meaning = comment
-        yield ast.unparse(node.targets[0]).removeprefix("cfg."), meaning
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        yield ast.unparse(target), meaning
 
 
 def _comment_at_the_end(lines: list[str]) -> str:

@@ -18,6 +18,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
+from ..modeling import interface_of
 from .voc import training_dicts
 
 logger = logging.getLogger(__name__)
@@ -85,10 +86,7 @@ def is_good_box(annotation: dict[str, Any], width: int, height: int) -> bool:
 
 
 def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
-    """detectron2's mapper, or one with the augmentations that the detector builds itself.
-
-    A meta-architecture may have a class method ``build_augmentation(cfg, is_train)``, which gives
-    a list of detectron2's augmentations; they may read "boxes" beside "image".
+    """detectron2's mapper, or one with the detector's own augmentations (DetectorInterface).
 
     Args:
         cfg: the full config.
@@ -98,9 +96,9 @@ def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
         the mapper of one image.
     """
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if not hasattr(detector, "build_augmentation"):
+    augmentations = interface_of(detector).build_augmentation(cfg, is_train)
+    if augmentations is None:
         return DatasetMapper(cfg, is_train=is_train)
-    augmentations = detector.build_augmentation(cfg, is_train)
     return BoxMapper(cfg, is_train=is_train, augmentations=augmentations)
 
 

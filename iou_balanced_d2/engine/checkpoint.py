@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import write_atomically
-from ..modeling import IoUBalancedLoss
+from ..modeling import IoUBalancedLoss, interface_of
 from .safe_load import BrokenCheckpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -236,8 +236,8 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     """One line on layers that don't fit because the model has another number of classes.
 
     Args:
-        model: a dense detector with ``num_classes``; ``num_background_scores`` is how many scores
-            each anchor has beside the classes' (none if it has no such attribute).
+        model: a dense detector with ``num_classes``; its :class:`DetectorInterface` says how many
+            scores each anchor has beside the classes'.
         mismatches: what fvcore's checkpointer found, ``incorrect_shapes`` of its result.
 
     Returns:
@@ -248,7 +248,7 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     num_classes = getattr(model, "num_classes", None)
     if not (mismatches and isinstance(num_classes, int)):
         return ""
-    background = getattr(model, "num_background_scores", 0)
+    background = interface_of(type(model)).num_background_scores
     found = {_classes_in_checkpoint(m, num_classes, background) for m in mismatches}
     if len(found) != 1 or found == {0}:
         return ""

@@ -8,15 +8,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..config import iou_balanced_args
+from ..config import loss_options
 from ..errors import UserError
-from ..modeling import IoUBalancedLoss
+from ..losses.options import check_plain_losses
+from ..modeling import interface_of
 from .checkpoint import checkpoint_files
 from .train_step import PRECISIONS
-
-# detectron2's and the paper's learning rate of RetinaNet, and detectron2's of FCOS, for each image
-# of the batch. A detector with another one says so in its `lr_per_image`.
-LR_PER_IMAGE = 0.01 / 16
 
 logger = logging.getLogger(__name__)
 
@@ -24,30 +21,19 @@ logger = logging.getLogger(__name__)
 def check_model(cfg: CfgNode) -> None:
     """Check the meta-architecture's name and the values of the losses' keys.
 
-    A detector that can't take all of their values has a static method ``check_loss_args``, which
-    gets the keys as arguments and raises ValueError, with the argument's name first.
-
     Raises:
         UserError: naming the key.
     """
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise UserError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not known")
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    box_loss = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
     try:
-        IoUBalancedLoss(
-            num_classes=1,
-            box2box_transform=None,
-            box_reg_loss_type=box_loss,
-            **iou_balanced_args(cfg),
-        )
-        if hasattr(detector, "check_loss_args"):
-            detector.check_loss_args(**iou_balanced_args(cfg))
+        interface_of(detector).check_loss_options(loss_options(cfg))
+        for section, keys in cfg.MODEL.items():
+            if isinstance(keys, CfgNode):
+                check_plain_losses(keys, f"MODEL.{section}.")
     except ValueError as error:
-        name, rest = str(error).split(" ", 1)
-        keys = {"box_reg_loss_type": "MODEL.RETINANET.BBOX_REG_LOSS_TYPE"}
-        key = keys.get(name, f"MODEL.IOU_BALANCED.{name.upper()}")
-        raise UserError(f"{key} {rest}") from error
+        raise UserError(str(error)) from error
 
 
 def check_training(cfg: CfgNode) -> None:
@@ -72,7 +58,7 @@ def check_training(cfg: CfgNode) -> None:
 def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
     """Check that the weights to start from exist, and that there are some to evaluate.
 
-    A detector that does not train without weights has a static method ``check_weights(cfg)``.
+    A detector may have its own conditions, see :class:`DetectorInterface`.
 
     Raises:
         UserError: naming the file, or what to give.
@@ -88,8 +74,8 @@ def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
     if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
         raise UserError(f"MODEL.WEIGHTS {weights!r} not found")
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if not eval_only and hasattr(detector, "check_weights"):
-        detector.check_weights(cfg)
+    if not eval_only:
+        interface_of(detector).check_weights(cfg)
 
 
 def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
@@ -131,7 +117,7 @@ def warn_linear_rule(cfg: CfgNode) -> None:
     """
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    rate_per_image = getattr(detector, "lr_per_image", LR_PER_IMAGE)
+    rate_per_image = interface_of(detector).lr_per_image
     expected = rate_per_image * batch
     if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
         logger.warning(

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..data.loading import CheckedMapper, load_training_dicts
 from ..files import write_atomically
+from ..modeling import interface_of
 from .checkpoint import RobustCheckpointer
 from .train_step import autocast, precision_of
 
@@ -117,10 +118,10 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
     as_training.DATASETS.TRAIN = cfg.DATASETS.TEST
     as_training.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    augmentation = getattr(detector, "build_augmentation", build_augmentation)
+    augmentations = interface_of(detector).build_augmentation(cfg, is_train=False)
     mapper = DatasetMapper(
         is_train=True,  # keeps the annotations
-        augmentations=augmentation(cfg, is_train=False),
+        augmentations=augmentations or build_augmentation(cfg, is_train=False),
         image_format=cfg.INPUT.FORMAT,
     )
     return build_detection_test_loader(

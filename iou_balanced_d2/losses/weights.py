@@ -15,39 +15,59 @@ def _check_rows(**tensors: Tensor) -> None:
         raise ValueError(f"expected tensors of one shape (P,), got {shapes}")
 
 
-def check_power(name: str, value: float) -> None:
-    """Raise ValueError unless ``value``, the power called ``name``, is finite and not negative.
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError unless ``value``, which is called ``name``, is a finite number >= 0.
 
     A negative power would make the weight *fall* with IoU, the opposite of the paper.
     """
-    if not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    if not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
-def sum_keeping_scale(balanced_sum: Tensor, plain_sum: Tensor) -> Tensor:
-    """The factor of eq. 2 (and 5) that keeps the sum of the positives' loss.
+def _powered(iou: Tensor, name: str, power: float) -> Tensor:
+    """The powers of eq. 2 and 4, of any shape; ``name`` is the power's, for the error."""
+    check_not_negative(name, power)
+    return iou**power
+
+
+@torch.no_grad()
+def plain_and_balanced_sums(
+    iou: Tensor, loss: Tensor, *, power: float, group: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What eq. 2, 4 and 5 take the ratio of: sum(loss) and sum(iou^power * loss).
 
     Args:
-        balanced_sum: any shape, sum of iou^eta * loss over the positives of each group.
-        plain_sum: same shape, sum of the loss over the same positives.
+        iou: (P,) float.
+        loss: (P,) float.
+        power: eta or lambda, >= 0.
+        group: (P,) int64 >= 0 or None, which is one group.
 
     Returns:
-        plain_sum / balanced_sum; NaN where the denominator is 0 (or too small for a quotient
-        with digits in it), which :func:`apply_cls_scale` turns into weights of 1.
+        the two sums, scalars, or (G,) for G groups.
     """
+    _check_rows(iou=iou, loss=loss, **({} if group is None else {"group": group}))
+    balanced = _powered(iou, "power", power) * loss
+    if group is None:
+        return loss.sum(), balanced.sum()
+    zeros = loss.new_zeros(int(group.max()) + 1 if len(group) else 0)
+    return zeros.index_add(0, group, loss), zeros.index_add(0, group, balanced)
+
+
+def _sum_keeping_scale(plain_sum: Tensor, balanced_sum: Tensor) -> Tensor:
+    """plain_sum / balanced_sum; NaN where that is 0 (or too small for a quotient with digits)."""
     scale = plain_sum / balanced_sum
     usable = (balanced_sum >= torch.finfo(balanced_sum.dtype).tiny) & torch.isfinite(scale)
     return torch.where(usable, scale, float("nan"))
 
 
-def apply_cls_scale(powered_iou: Tensor, scale: Tensor) -> Tensor:
-    """Eq. 2 from its parts: iou^eta * scale, and 1 where the scale does not exist (NaN)."""
-    return torch.where(torch.isnan(scale), torch.ones_like(powered_iou), powered_iou * scale)
-
-
 @torch.no_grad()
 def iou_balanced_cls_weights(
-    iou: Tensor, cls_loss: Tensor, *, eta: float, group: Tensor | None = None
+    iou: Tensor,
+    cls_loss: Tensor,
+    *,
+    eta: float,
+    group: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Weights of the positives' classification loss, eq. 2 of the paper.
 
@@ -61,6 +81,8 @@ def iou_balanced_cls_weights(
         eta: power >= 0; 0 gives weights of 1, the plain loss. The paper's best: 1.5.
         group: (P,) int64 >= 0 or None. The sum is kept within each group, e.g. each pyramid
             level or each image; None is one group, the equation as written.
+        sums: scalars, the two sums of eq. 2 (:func:`plain_and_balanced_sums`) over more positives
+            than these, such as those of all processes; None takes them over these.
 
     Returns:
         (P,) float without gradient. Where a group's denominator is 0 (every box misses its
@@ -69,18 +91,14 @@ def iou_balanced_cls_weights(
     Raises:
         ValueError: if shapes differ or eta is negative.
     """
-    check_power("eta", eta)
-    _check_rows(iou=iou, cls_loss=cls_loss, **({} if group is None else {"group": group}))
-    powered = iou**eta
-    if group is None:
-        return apply_cls_scale(
-            powered, sum_keeping_scale((powered * cls_loss).sum(), cls_loss.sum())
-        )
-    num_groups = int(group.max()) + 1 if len(group) else 0
-    zeros = cls_loss.new_zeros(num_groups)
-    balanced_sum = zeros.index_add(0, group, powered * cls_loss)
-    plain_sum = zeros.index_add(0, group, cls_loss)
-    return apply_cls_scale(powered, sum_keeping_scale(balanced_sum, plain_sum)[group])
+    powered = _powered(iou, "eta", eta)
+    if sums is None:
+        sums = plain_and_balanced_sums(iou, cls_loss, power=eta, group=group)
+    # In the weights' own type: a scale beyond it would be infinite, and inf * 0 NaN.
+    scale = _sum_keeping_scale(sums[0].to(iou.dtype), sums[1].to(iou.dtype))
+    if group is not None:
+        scale = scale[group]
+    return torch.where(torch.isnan(scale), torch.ones_like(powered), powered * scale)
 
 
 @torch.no_grad()
@@ -98,8 +116,7 @@ def iou_balanced_loc_weights(iou: Tensor, *, lambda_: float, w_loc: float | Tens
     Raises:
         ValueError: if lambda_ is negative.
     """
-    check_power("lambda_", lambda_)
-    return w_loc * iou**lambda_
+    return w_loc * _powered(iou, "lambda_", lambda_)
 
 
 @torch.no_grad()
@@ -120,7 +137,6 @@ def measure_w_loc(iou: Tensor, loc_loss: Tensor, *, lambda_: float) -> Tensor:
     Raises:
         ValueError: if shapes differ or lambda_ is negative.
     """
-    check_power("lambda_", lambda_)
-    _check_rows(iou=iou, loc_loss=loc_loss)
-    balanced_sum = (iou**lambda_ * loc_loss).sum()
-    return sum_keeping_scale(balanced_sum, loc_loss.sum()).nan_to_num(nan=1.0)
+    check_not_negative("lambda_", lambda_)
+    sums = plain_and_balanced_sums(iou, loc_loss, power=lambda_)
+    return _sum_keeping_scale(*sums).nan_to_num(nan=1.0)

@@ -7,7 +7,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..config import iou_balanced_args
+from ..config import loss_options
+from ..losses import LossOptions
 from .iou_balanced_loss import IoUBalancedLoss
 
 
@@ -19,51 +20,28 @@ class IoUBalancedRetinaNet(RetinaNet):
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        cls_eta: float = 1.5,
-        cls_norm_scope: str = "batch",
-        loc_lambda: float = 1.5,
-        loc_weight: float = 0.0,
-        loc_weight_rule: str = "anchors",
-        warmup_iters: int = 1000,
-        normalizer: str = "ema",
-        **retinanet: Any,
-    ):
+    def __init__(self, *, iou_balanced: LossOptions, **retinanet: Any):
         """Build RetinaNet and its losses.
 
         Args:
-            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
-            cls_norm_scope: "batch", "level", "image" or "global".
-            loc_lambda: power of the box loss's weights.
-            loc_weight: w_loc, 0 to measure it.
-            loc_weight_rule: how to measure it.
-            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
-            normalizer: "ema" or "batch".
+            iou_balanced: the keys of ``MODEL.IOU_BALANCED``.
             retinanet: the arguments of :class:`detectron2.modeling.RetinaNet`.
         """
         super().__init__(**retinanet)
         self.iou_balanced_loss = IoUBalancedLoss(
             num_classes=self.num_classes,
             box2box_transform=self.box2box_transform,
+            options=iou_balanced,
             focal_loss_alpha=self.focal_loss_alpha,
             focal_loss_gamma=self.focal_loss_gamma,
             smooth_l1_beta=self.smooth_l1_beta,
             box_reg_loss_type=self.box_reg_loss_type,
-            cls_eta=cls_eta,
-            cls_norm_scope=cls_norm_scope,
-            loc_lambda=loc_lambda,
-            loc_weight=loc_weight,
-            loc_weight_rule=loc_weight_rule,
-            warmup_iters=warmup_iters,
-            normalizer=normalizer,
         )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """RetinaNet's arguments and those of ``MODEL.IOU_BALANCED``."""
-        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+        """RetinaNet's arguments and the options of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
 
     def losses(
         self,

@@ -70,18 +70,21 @@ def test_global_scope_is_one_process_with_the_whole_batch(tmp_path, rule):
         tmp_path, cls_norm_scope="global", normalizer="batch", loc_weight_rule=rule
     )
     check_equal(first, second, together)
-    assert first[2] == second[2], "the state is the same on every rank"
-    torch.testing.assert_close(first[2]["loc_weight"]["w_loc"], together[2]["loc_weight"]["w_loc"])
+    # The state is the same on every rank.
+    torch.testing.assert_close(first[2], second[2], rtol=0, atol=0)
+    torch.testing.assert_close(
+        first[2]["w_loc_measurement"]["w_loc"], together[2]["w_loc_measurement"]["w_loc"]
+    )
 
 
 def test_moving_average_is_of_the_mean_number_of_positives_over_ranks(tmp_path):
     """It starts at 100 whatever the number of processes; past that, losses follow one process."""
     first, second, together = run_both(tmp_path, seeds=[0] * 40, cls_norm_scope="global")
-    assert first[2]["loss_normalizer"] == second[2]["loss_normalizer"]
+    assert first[2]["num_pos_ema"] == second[2]["num_pos_ema"]
     # One process counts both images' positives; two count half as many each, on average.
     start = 0.9**40 * 100
-    mean = first[2]["loss_normalizer"] - start
-    torch.testing.assert_close(2 * mean, together[2]["loss_normalizer"] - start)
+    mean = first[2]["num_pos_ema"] - start
+    torch.testing.assert_close(2 * mean, together[2]["num_pos_ema"] - start)
 
 
 def test_a_rank_without_positives_neither_hangs_nor_breaks(tmp_path):
@@ -89,8 +92,8 @@ def test_a_rank_without_positives_neither_hangs_nor_breaks(tmp_path):
     assert any((x >= 0).any() for x in batch[2])
     mp.spawn(lonely_worker, (free_port(), str(tmp_path)), nprocs=2)
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert states[0] == states[1]
-    assert states[0]["loc_weight"]["w_loc"] > 1
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert states[0]["w_loc_measurement"]["w_loc"] > 1
 
 
 def lonely_worker(rank, port, folder):

@@ -61,7 +61,7 @@ def config_of(folder, output, *words):
         "INPUT.MIN_SIZE_TRAIN", (40, 48, 56), "INPUT.MIN_SIZE_TEST", 48, WORKERS, 0,
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.MAX_ITER", 12,
         "SOLVER.STEPS", (8,), "SOLVER.WARMUP_ITERS", 8, "SOLVER.BASE_LR", 0.0002,
-        "SOLVER.CHECKPOINT_PERIOD", 6, "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "warmup",
+        "SOLVER.CHECKPOINT_PERIOD", 6, "MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS", 8,
         "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.9, "TEST.EVAL_PERIOD", 4,
         "SEED", 3, "OUTPUT_DIR", str(folder / output), *words,
     )  # fmt: skip

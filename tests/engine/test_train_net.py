@@ -10,26 +10,28 @@ from ..command import forget_own_data, run
 
 
 def test_train_resume_and_evaluate(tmp_path, own_config):
-    code, out, err = run("--config-file", own_config, cwd=tmp_path)
+    steps = ("MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS", 2)
+    code, out, err = run("--config-file", own_config, *steps, cwd=tmp_path)
     assert code == 0, err
     assert "Running on the CPU" in out
     assert out.count("w_loc measured") == 1
     assert "AP,AP50,AP55,AP60" in out
     first = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
-    assert first["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"] > 1
+    assert first["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"] > 1
     assert first["iteration"] == 3
 
     code, out, err = run(
-        "--config-file", own_config, "--resume", "SOLVER.MAX_ITER", 6, cwd=tmp_path
+        "--config-file", own_config, "--resume", *steps, "SOLVER.MAX_ITER", 6, cwd=tmp_path
     )
     assert code == 0, err
     assert "Starting training from iteration 4" in out
     assert "w_loc measured" not in out, "w_loc is resumed, not measured again"
     second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
-    assert states[1]["loc_weight"] == states[0]["loc_weight"]
-    # Each image has positives, so two more steps have moved the average of the normaliser on.
-    assert states[1]["loss_normalizer"] != states[0]["loss_normalizer"]
+    measured = [state["w_loc_measurement"] for state in states]
+    torch.testing.assert_close(measured[1], measured[0], rtol=0, atol=0)
+    # Each image has positives, so two more steps have moved the average of positives on.
+    assert states[1]["num_pos_ema"] != states[0]["num_pos_ema"]
 
     augmented = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(48, 64)"]
     weights = ["MODEL.WEIGHTS", "out/model_final.pth"]

@@ -26,11 +26,11 @@ def test_full_model_clips_the_norm_of_all_gradients_together():
 
 def test_loss_state_goes_from_model_to_model():
     model, other = toy_model(), toy_model()
-    model.iou_balanced_loss.loc_weight.w_loc.fill_(2.5)
-    model.iou_balanced_loss.loss_normalizer.fill_(7.0)
+    model.iou_balanced_loss.w_loc_measurement.w_loc.fill_(2.5)
+    model.iou_balanced_loss.num_pos_ema.fill_(7.0)
     LossState(other).load_state_dict(LossState(model).state_dict())
-    assert other.iou_balanced_loss.loc_weight.w_loc == 2.5
-    assert other.iou_balanced_loss.loss_normalizer == 7
+    assert other.iou_balanced_loss.w_loc_measurement.w_loc == 2.5
+    assert other.iou_balanced_loss.num_pos_ema == 7
     assert LossState(toy_model("MODEL.META_ARCHITECTURE", "RetinaNet")).state_dict() == {
         "losses": []
     }
@@ -39,4 +39,4 @@ def test_loss_state_goes_from_model_to_model():
 def test_a_plain_detectors_checkpoint_leaves_the_state_fresh():
     model = toy_model()
     LossState(model).load_state_dict({"losses": []})
-    assert model.iou_balanced_loss.loss_normalizer == 100
+    assert model.iou_balanced_loss.num_pos_ema == 100

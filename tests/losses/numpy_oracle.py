@@ -49,6 +49,36 @@ def focal_sum(logits, labels, alpha=0.25, gamma=2.0, weights=None):
     return total
 
 
+def quality_focal(x, target):
+    """Quality focal loss of one logit, arXiv 2006.04388 eq. 6 with beta 2; target in [0, 1]."""
+    p = np.exp(-sigmoid_ce(x, 1))
+    return (target - p) ** 2 * (target * sigmoid_ce(x, 1) + (1 - target) * sigmoid_ce(x, 0))
+
+
+def varifocal(x, target):
+    """Varifocal loss of one logit, arXiv 2008.13367 eq. 2 with alpha 0.75 and gamma 2."""
+    if target > 0:
+        return target * (target * sigmoid_ce(x, 1) + (1 - target) * sigmoid_ce(x, 0))
+    return 0.75 * np.exp(-sigmoid_ce(x, 1)) ** 2 * sigmoid_ce(x, 0)
+
+
+SOFT_TARGETS = {"quality_focal": quality_focal, "varifocal": varifocal}
+
+
+def soft_target_sum(name, logits, labels, iou):
+    """A rival's sum over all (anchor, class) entries; ``iou`` in the order of the positives."""
+    total, seen = 0.0, 0
+    for row, label in zip(logits, labels, strict=True):
+        if label == -1:
+            continue
+        target = np.zeros(logits.shape[1])
+        if label < logits.shape[1]:
+            target[label] = iou[seen]
+            seen += 1
+        total += sum(SOFT_TARGETS[name](x, t) for x, t in zip(row, target, strict=True))
+    return total
+
+
 def positive_ce(logits, labels, alpha=0.25, gamma=2.0):
     """CE_i: the focal term of each positive's own class."""
     num_classes = logits.shape[1]

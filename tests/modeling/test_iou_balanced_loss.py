@@ -1,6 +1,7 @@
 """IoUBalancedLoss on synthetic predictions: every mode against NumPy, its state, its extremes."""
 
 import logging
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
+from iou_balanced_d2.engine.checks import check_model
+from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import IoUBalancedLoss
 
 from ..losses import numpy_oracle as oracle
+from ..toy import toy_config
 
 K, LEVEL_SIZES, NUM_IMAGES = 3, (12, 6), 2
 EMA_AFTER_ONE = 0.9 * 100
@@ -41,13 +46,17 @@ def make_batch(seed=0, num_images=NUM_IMAGES, dtype=torch.float64, spread=0.3):
 
 
 def make_loss(**kwargs):
-    arguments = {
-        "num_classes": K,
-        "box2box_transform": Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
-        # What the equations can be checked with: w_loc of the predicted boxes.
-        "loc_weight_rule": "first",
-    }
-    return IoUBalancedLoss(**{**arguments, **kwargs})
+    """The module of K classes; arguments are options, or the module's own."""
+    names = {field.name for field in fields(LossOptions)}
+    # What the equations can be checked with: w_loc of the predicted boxes of the first step.
+    options = {"loc_weight_rule": "first", "loc_weight_steps": 1}
+    options |= {name: value for name, value in kwargs.items() if name in names}
+    return IoUBalancedLoss(
+        num_classes=K,
+        box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
+        options=LossOptions(**options),
+        **{name: value for name, value in kwargs.items() if name not in names},
+    )
 
 
 def to_numpy(batch):
@@ -79,7 +88,34 @@ def test_losses_are_the_equations(scope, eta, lambda_, w_loc):
     )  # fmt: skip
     np.testing.assert_allclose(losses["loss_cls"].item(), cls, rtol=1e-5)
     np.testing.assert_allclose(losses["loss_box_reg"].item(), box, rtol=1e-5)
-    np.testing.assert_allclose(module.loc_weight.w_loc.item(), expected_w_loc, rtol=1e-5)
+    np.testing.assert_allclose(module.w_loc_measurement.w_loc.item(), expected_w_loc, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+@pytest.mark.parametrize("lambda_", [0.0, 1.5])
+def test_rivals_are_their_equations_with_either_box_loss(name, lambda_):
+    batch = make_batch()
+    # What the rivals do not read is set to what would show.
+    module = make_loss(
+        cls_loss=name, loc_lambda=lambda_, normalizer="batch", cls_eta=3.0, cls_norm_scope="image",
+        focal_loss_alpha=0.9, focal_loss_gamma=5.0,
+    )  # fmt: skip
+    with EventStorage(0) as storage:
+        for _ in range(20):
+            losses = module(*batch)
+            storage.step()
+        assert "iou_balanced/cls_scale" not in storage.latest()
+    num = num_positives(batch)
+    _, box, iou, _ = oracle.detector_losses(
+        *to_numpy(batch), eta=0.0, lambda_=lambda_, w_loc=None, normalizer=num
+    )
+    _, logits, labels, *_ = to_numpy(batch)
+    flat = np.concatenate(logits, axis=1).reshape(-1, K)
+    cls = oracle.soft_target_sum(name, flat, labels.reshape(-1), iou) / num
+    np.testing.assert_allclose(losses["loss_cls"].item(), cls, rtol=1e-5)
+    np.testing.assert_allclose(losses["loss_box_reg"].item(), box, rtol=1e-5)
+    losses["loss_cls"].backward()
+    assert all(x.grad is None for x in batch[3]), "no gradient by way of the IoU"
 
 
 def constant_weight_loss(arrays, logits, deltas, w_loc):
@@ -125,13 +161,13 @@ def test_w_loc_is_measured_once_and_kept(caplog):
     module = make_loss(normalizer="batch")
     with caplog.at_level(logging.INFO, logger="iou_balanced_d2"):
         module(*make_batch(seed=0))
-        first = module.loc_weight.w_loc.item()
+        first = module.w_loc_measurement.w_loc.item()
         module(*make_batch(seed=1))
-    assert module.loc_weight.w_loc.item() == first > 1
+    assert module.w_loc_measurement.w_loc.item() == first > 1
     assert caplog.text.count("w_loc measured") == 1
     fixed = make_loss(loc_weight=2.0)
     fixed(*make_batch(seed=0))
-    assert fixed.loc_weight.w_loc.item() == 2.0
+    assert fixed.w_loc_measurement.w_loc.item() == 2.0
 
 
 def test_w_loc_waits_for_positives_and_for_boxes_that_overlap():
@@ -139,36 +175,36 @@ def test_w_loc_waits_for_positives_and_for_boxes_that_overlap():
     anchors, logits, labels, deltas, gt = make_batch()
     background = [torch.full_like(x, K) for x in labels]
     losses = module(anchors, logits, background, deltas, gt)
-    assert module.loc_weight.w_loc == 0
+    assert module.w_loc_measurement.w_loc == 0
     assert losses["loss_box_reg"] == 0
     far = [box + 1000 for box in gt]
     losses = module(anchors, logits, labels, deltas, far)
-    assert module.loc_weight.w_loc == 0
+    assert module.w_loc_measurement.w_loc == 0
     plain = make_loss(normalizer="batch", loc_lambda=0.0, cls_eta=0.0)
     expected = plain(anchors, logits, labels, deltas, far)
     torch.testing.assert_close(losses["loss_box_reg"], expected["loss_box_reg"])
     torch.testing.assert_close(losses["loss_cls"], expected["loss_cls"])
     module(anchors, logits, labels, deltas, gt)
-    assert module.loc_weight.w_loc > 1
+    assert module.w_loc_measurement.w_loc > 1
 
 
 def test_state_stands_still_without_gradients_and_is_resumed():
     module = make_loss()
     with torch.no_grad():
         module(*make_batch())
-    assert module.loc_weight.w_loc == 0
-    assert module.loss_normalizer == 100
+    assert module.w_loc_measurement.w_loc == 0
+    assert module.num_pos_ema == 100
     module(*make_batch())
     state = module.training_state()
-    assert state["loc_weight"]["w_loc"] > 1
-    assert state["loss_normalizer"] != 100
+    assert state["w_loc_measurement"]["w_loc"] > 1
+    assert state["num_pos_ema"] != 100
     resumed = make_loss()
     resumed.load_training_state(state)
     torch.testing.assert_close(resumed(*make_batch(seed=1)), module(*make_batch(seed=1)))
     assert len(module.state_dict()) == 0, "training state is no weight"
     fixed = make_loss(loc_weight=2.0)
     fixed.load_training_state(state)
-    assert fixed.loc_weight.w_loc == 2.0, "a value the user sets holds also over a resume"
+    assert fixed.w_loc_measurement.w_loc == 2.0, "a value the user sets holds also over a resume"
 
 
 def test_normalizer_is_detectron2s_moving_average():
@@ -178,7 +214,7 @@ def test_normalizer_is_detectron2s_moving_average():
         batch = make_batch(seed)
         module(*batch)
         expected = 0.9 * expected + 0.1 * max(num_positives(batch), 1)
-    np.testing.assert_allclose(module.loss_normalizer.item(), expected, rtol=1e-12)
+    np.testing.assert_allclose(module.num_pos_ema.item(), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["batch", "level", "image", "global"])
@@ -203,8 +239,8 @@ def test_diverged_deltas_leave_the_other_loss_and_the_state_alone(box_loss, valu
     losses = module(anchors, logits, labels, [d.requires_grad_() for d in broken], gt)
     assert not torch.isfinite(losses["loss_box_reg"]), "reported under its own name"
     assert torch.isfinite(losses["loss_cls"])
-    assert module.loc_weight.w_loc == 0
-    assert torch.isfinite(module.loss_normalizer)
+    assert module.w_loc_measurement.w_loc == 0
+    assert torch.isfinite(module.num_pos_ema)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -237,14 +273,79 @@ def test_scalars_are_logged_under_the_keys_names():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("cls_loss", "l7"),
         ("cls_eta", -1.0),
+        ("cls_eta", "1.5"),
         ("loc_lambda", float("nan")),
         ("loc_weight", -0.1),
+        ("loc_weight_rule", "warmup"),
+        ("loc_weight_steps", 0),
         ("cls_norm_scope", "galaxy"),
+        ("cls_loss_weight", -1.0),
+        ("bbox_reg_loss_weight", float("inf")),
         ("normalizer", "none"),
-        ("box_reg_loss_type", "l7"),
     ],
 )
-def test_bad_arguments_are_named(name, value):
+def test_bad_options_are_named_by_their_key(name, value):
+    with pytest.raises(ValueError, match=f"^MODEL.IOU_BALANCED.{name.upper()} must be"):
+        LossOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FOCAL_LOSS_ALPHA", 1.5),
+        ("FOCAL_LOSS_ALPHA", float("nan")),
+        ("FOCAL_LOSS_GAMMA", -0.5),
+        ("SMOOTH_L1_LOSS_BETA", -0.1),
+        ("BBOX_REG_LOSS_TYPE", "l7"),
+    ],
+)
+def test_bad_keys_of_the_plain_losses_are_named(name, value):
+    argument = name.lower().replace("l1_loss", "l1").replace("bbox", "box")
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        make_loss(**{name: value})
+        make_loss(**{argument: value})
+    cfg = toy_config(f"MODEL.RETINANET.{name}", value)
+    with pytest.raises(UserError, match=f"^MODEL.RETINANET.{name} must be"):
+        check_model(cfg)
+
+
+def test_the_edges_of_the_plain_losses_keys_are_accepted():
+    check_model(toy_config("MODEL.RETINANET.FOCAL_LOSS_ALPHA", -1.0))
+    check_model(
+        toy_config(
+            "MODEL.RETINANET.FOCAL_LOSS_GAMMA", 0.0, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.0
+        )
+    )
+
+
+def test_labels_above_the_number_of_classes_and_no_images_are_one_clear_error():
+    anchors, logits, labels, deltas, gt = make_batch()
+    labels[1][3] = K + 1
+    with pytest.raises(ValueError, match=rf"label {K + 1} .* MODEL\.RETINANET\.NUM_CLASSES.* {K}"):
+        make_loss()(anchors, logits, labels, deltas, gt)
+    empty = [x[:0] for x in logits], [x[:0] for x in deltas]
+    with pytest.raises(ValueError, match="no images"):
+        make_loss()(anchors, empty[0], [], empty[1], [])
+
+
+def test_loss_weights_are_factors_of_the_whole_losses():
+    weighted = make_loss(cls_loss_weight=0.5, bbox_reg_loss_weight=3.0)(*make_batch())
+    once = make_loss()(*make_batch())
+    torch.testing.assert_close(weighted["loss_cls"], 0.5 * once["loss_cls"])
+    torch.testing.assert_close(weighted["loss_box_reg"], 3 * once["loss_box_reg"])
+
+
+def test_a_constant_times_the_plain_box_loss_can_be_had_as_a_control():
+    control = make_loss(loc_lambda=0.0, loc_weight=1.08)(*make_batch())
+    plain = make_loss(loc_lambda=0.0)(*make_batch())
+    torch.testing.assert_close(control["loss_box_reg"], 1.08 * plain["loss_box_reg"])
+
+
+def test_extra_losses_are_those_of_the_positives_divided_by_the_same_number():
+    def extra(positives, anchor, gt):
+        return {"loss_extra": (anchor - gt).abs().sum() * 0 + positives.num}
+
+    losses = make_loss(normalizer="batch")(*make_batch(), extra)
+    assert list(losses) == ["loss_cls", "loss_box_reg", "loss_extra"]
+    assert losses["loss_extra"] == 1

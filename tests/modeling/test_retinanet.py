@@ -1,15 +1,19 @@
 """IoUBalancedRetinaNet against detectron2's RetinaNet: the same but for the losses."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.modeling import RetinaNet
 from detectron2.utils.events import EventStorage
 
+from iou_balanced_d2 import add_iou_balanced_config
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import IoUBalancedRetinaNet
 
-from ..toy import toy_batch, toy_config, toy_inputs, toy_model
+from ..toy import toy_batch, toy_inputs, toy_model
 
 PLAIN = ("MODEL.IOU_BALANCED.CLS_ETA", 0.0, "MODEL.IOU_BALANCED.LOC_LAMBDA", 0.0)
 STOCK = ("MODEL.META_ARCHITECTURE", "RetinaNet")
@@ -107,10 +111,15 @@ def test_hyper_parameters_come_from_the_config_under_the_same_name():
         "MODEL.IOU_BALANCED.CLS_ETA", 0.7, "MODEL.IOU_BALANCED.LOC_WEIGHT", 3.049,
         "MODEL.IOU_BALANCED.NORMALIZER", "batch", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.2,
     ).iou_balanced_loss  # fmt: skip
-    assert (loss.cls_eta, loss.loc_weight.w_loc, loss.normalizer) == (0.7, 3.049, "batch")
-    assert (loss.loc_lambda, loss.cls_norm_scope, loss.smooth_l1_beta) == (1.5, "batch", 0.2)
-    keys = {key.lower() for key in toy_config().MODEL.IOU_BALANCED}
-    assert all(hasattr(loss, key) or hasattr(loss.loc_weight, key) for key in keys)
+    assert loss.options == LossOptions(cls_eta=0.7, loc_weight=3.049, normalizer="batch")
+    assert (loss.w_loc_measurement.w_loc, loss.smooth_l1_beta) == (3.049, 0.2)
+
+
+def test_every_option_is_a_key_with_its_default():
+    plain = get_cfg()
+    add_iou_balanced_config(plain)
+    keys = {key.lower(): value for key, value in plain.MODEL.IOU_BALANCED.items()}
+    assert keys == asdict(LossOptions())
 
 
 def test_model_can_be_scripted():

@@ -165,7 +165,7 @@ def test_losses_are_the_equations():
     losses = model.losses(*arguments)
     for name, value in expected.items():
         np.testing.assert_allclose(losses[f"loss_fcos_{name}"].item(), value, rtol=1e-5)
-    measured = model.iou_balanced_loss.loc_weight.w_loc.item()
+    measured = model.iou_balanced_loss.w_loc_measurement.w_loc.item()
     np.testing.assert_allclose(measured, w_loc, rtol=1e-5)
 
     # Kept from then on: with a given w_loc the sum is not that of the plain loss.
@@ -176,6 +176,21 @@ def test_losses_are_the_equations():
     np.testing.assert_allclose(box, (2.0 * iou**1.5 * loc).sum() / num_pos, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+def test_rivals_are_their_equations_and_leave_centerness_alone(name):
+    batch_normalizer = ("MODEL.IOU_BALANCED.NORMALIZER", "batch")
+    model = tiny_fcos("MODEL.IOU_BALANCED.CLS_LOSS", name, *batch_normalizer)
+    arguments = loss_arguments(model)
+    _, logits, labels, *_ = arguments
+    num_pos = int((torch.stack(labels) != K).sum())
+    plain, iou, _, _ = oracle_losses(*arguments, num_pos)
+    x, flat = torch.cat(logits, dim=1).double().numpy(), torch.stack(labels).numpy()
+    cls = oracle.soft_target_sum(name, x.reshape(-1, K), flat.reshape(-1), iou) / num_pos
+    losses = model.losses(*arguments)
+    np.testing.assert_allclose(losses["loss_fcos_cls"].item(), cls, rtol=1e-5)
+    np.testing.assert_allclose(losses["loss_fcos_ctr"].item(), plain["ctr"], rtol=1e-5)
+
+
 def test_boxes_that_start_without_area_train_by_the_plain_losses():
     """At IoU 0 eq. 2 is 0/0 and w_loc infinite: the weights are 1 until there is an overlap."""
     model, plain = tiny_fcos(), tiny_fcos(*PLAIN)
@@ -184,11 +199,11 @@ def test_boxes_that_start_without_area_train_by_the_plain_losses():
     losses, grads = forward_backward(model, toy_batch())
     expected, _ = forward_backward(plain, toy_batch())
     torch.testing.assert_close(losses, expected)
-    assert model.iou_balanced_loss.loc_weight.w_loc == 0
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc == 0
     assert all(torch.isfinite(grad).all() for grad in grads.values())
     torch.nn.init.constant_(model.head.bbox_pred.bias, 3.0)
     losses, grads = forward_backward(model, toy_batch())
-    assert model.iou_balanced_loss.loc_weight.w_loc > 1
+    assert model.iou_balanced_loss.w_loc_measurement.w_loc > 1
     assert all(torch.isfinite(x) for x in losses.values())
     assert all(torch.isfinite(grad).all() for grad in grads.values())
 
@@ -218,8 +233,12 @@ def test_state_dict_is_fcos_both_ways_and_the_training_state_is_found():
     forward_backward(ours, toy_batch())
     resumed = tiny_fcos()
     LossState(resumed).load_state_dict(LossState(ours).state_dict())
-    assert resumed.iou_balanced_loss.loss_normalizer == ours.iou_balanced_loss.loss_normalizer
-    assert resumed.iou_balanced_loss.loc_weight.w_loc == ours.iou_balanced_loss.loc_weight.w_loc > 1
+    assert resumed.iou_balanced_loss.num_pos_ema == ours.iou_balanced_loss.num_pos_ema
+    assert (
+        resumed.iou_balanced_loss.w_loc_measurement.w_loc
+        == ours.iou_balanced_loss.w_loc_measurement.w_loc
+        > 1
+    )
 
 
 def test_inference_is_detectron2s_fcos():
@@ -274,7 +293,7 @@ def test_mistakes_are_named():
     cfg = config("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "anchors")
     with pytest.raises(UserError, match=r"^MODEL\.IOU_BALANCED\.LOC_WEIGHT_RULE must be first"):
         check_model(cfg)
-    with pytest.raises(ValueError, match="loc_weight_rule"):
+    with pytest.raises(ValueError, match="LOC_WEIGHT_RULE"):
         build_model(cfg)
 
 

@@ -8,10 +8,12 @@ from detectron2.utils.events import EventStorage
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
 from iou_balanced_d2.engine.checkpoint import LossState
+from iou_balanced_d2.engine.checks import check_model
+from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.projects.ssd.losses import hard_negatives
 
 from ..toy import toy_inputs
-from .ssd_toy import NUM_CLASSES, toy_model
+from .ssd_toy import NUM_CLASSES, toy_config, toy_model
 
 K = NUM_CLASSES
 BALANCED = ("MODEL.META_ARCHITECTURE", "IoUBalancedSSD")
@@ -155,7 +157,7 @@ def test_iou_balanced_losses_are_the_equations():
     expected, w_loc = numpy_losses(*arguments_of_losses(model, batch()))
     losses, _ = step(model, batch())
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert float(model.iou_balanced_loss.loc_weight.w_loc) == pytest.approx(w_loc, rel=1e-5)
+    assert float(model.iou_balanced_loss.w_loc_measurement.w_loc) == pytest.approx(w_loc, rel=1e-5)
     # Eq. 2 keeps the sum of the positives' loss, w_loc as measured here that of the box loss.
     plain = toy_model(*PLAIN)
     assert losses == pytest.approx(step(plain, batch())[0], rel=1e-5)
@@ -241,9 +243,9 @@ def test_training_state_is_saved_and_resumed():
     state = LossState(model).state_dict()
     fresh = toy_model(*BALANCED)
     LossState(fresh).load_state_dict(state)
-    w_loc = fresh.iou_balanced_loss.loc_weight.w_loc
+    w_loc = fresh.iou_balanced_loss.w_loc_measurement.w_loc
     assert w_loc > 1
-    assert w_loc == model.iou_balanced_loss.loc_weight.w_loc
+    assert w_loc == model.iou_balanced_loss.w_loc_measurement.w_loc
 
 
 def test_w_loc_of_ones_own():
@@ -251,3 +253,11 @@ def test_w_loc_of_ones_own():
     anchors_on = toy_model(*BALANCED, "MODEL.IOU_BALANCED.LOC_WEIGHT", 1.0)
     twice, once = (step(m, batch())[0]["loss_box_reg"] for m in (model, anchors_on))
     assert twice == pytest.approx(2 * once, rel=1e-6)
+
+
+def test_the_rivals_of_the_sigmoid_are_refused():
+    options = ("MODEL.IOU_BALANCED.CLS_LOSS", "varifocal")
+    with pytest.raises(UserError, match=r"^MODEL\.IOU_BALANCED\.CLS_LOSS must be iou_balanced"):
+        check_model(toy_config(*BALANCED, *options))
+    with pytest.raises(ValueError, match="softmax"):
+        toy_model(*BALANCED, *options)

@@ -74,7 +74,7 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
         MetadataCatalog.remove(name)
     assert results["bbox"]["AP50"] > 80
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
-    assert float(state["iou_balanced"]["losses"][0]["loc_weight"]["w_loc"]) > 1
+    assert float(state["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"]) > 1
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from detectron2.modeling import RetinaNet
 from detectron2.utils.events import EventStorage
 
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import IoUBalancedLoss
 
 
@@ -30,9 +31,9 @@ def test_the_dense_formulation_is_ours_level_by_level(case):
     module = IoUBalancedLoss(
         num_classes=4,
         box2box_transform=case.transform,
-        cls_norm_scope="level",
-        loc_weight=benchmark_losses.W_LOC,
-        normalizer="batch",
+        options=LossOptions(
+            cls_norm_scope="level", loc_weight=benchmark_losses.W_LOC, normalizer="batch"
+        ),
     )
     num_pos = sum(((x >= 0) & (x < 4)).sum() for x in case.labels)
     ours = {name: value * num_pos for name, value in module(*arguments(case)).items()}
@@ -49,7 +50,9 @@ def test_the_dense_formulation_is_ours_level_by_level(case):
 
 def test_the_stand_in_is_stock_retinanet(case):
     plain = IoUBalancedLoss(
-        num_classes=4, box2box_transform=case.transform, cls_eta=0.0, loc_lambda=0.0
+        num_classes=4,
+        box2box_transform=case.transform,
+        options=LossOptions(cls_eta=0.0, loc_lambda=0.0),
     )
     with EventStorage(0):
         stock = RetinaNet.losses(case.stock_module, *arguments(case))

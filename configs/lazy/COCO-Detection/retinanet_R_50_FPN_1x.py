@@ -1,5 +1,8 @@
 """The baseline: detectron2's RetinaNet-R50, 1x schedule, plain losses, as in the YAML config."""
 
+from detectron2.config import LazyCall as L
+
+from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.model_zoo import get_detectron2_config
 from iou_balanced_d2.modeling import IoUBalancedRetinaNet
 
@@ -9,8 +12,7 @@ optimizer, train = _base.optimizer, _base.train
 
 model = _base.model
 model._target_ = IoUBalancedRetinaNet
-model.cls_eta = 0.0
-model.loc_lambda = 0.0
-model.loc_weight_rule = "anchors"
+# The keys of MODEL.IOU_BALANCED, in lower case.
+model.iou_balanced = L(LossOptions)(cls_eta=0.0, loc_lambda=0.0, loc_weight_rule="anchors")
 # The paper's knee.
 model.smooth_l1_beta = 0.11

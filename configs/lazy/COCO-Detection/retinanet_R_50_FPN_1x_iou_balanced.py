@@ -2,5 +2,5 @@
 
 from .retinanet_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
-model.cls_eta = 1.5
-model.loc_lambda = 1.5
+model.iou_balanced.cls_eta = 1.5
+model.iou_balanced.loc_lambda = 1.5

@@ -13,11 +13,12 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn import functional as F
 
-from iou_balanced_d2.config import iou_balanced_args
-from iou_balanced_d2.modeling import IoUBalancedLoss
-from iou_balanced_d2.modeling.positives import gather_rows
+from iou_balanced_d2.config import loss_options
+from iou_balanced_d2.losses import LossOptions
+from iou_balanced_d2.modeling import DetectorInterface, IoUBalancedLoss
+from iou_balanced_d2.modeling.positives import Positives, gather_rows
 
-_NORMALIZER_START = 300.0  # detectron2's FCOS
+_NUM_POS_START = 300.0  # detectron2's FCOS
 
 
 class FCOS(detectron2_fcos.FCOS):
@@ -68,78 +69,53 @@ if "FCOS" not in META_ARCH_REGISTRY:
 
 
 @META_ARCH_REGISTRY.register()
-class IoUBalancedFCOS(FCOS):
+class IoUBalancedFCOS(FCOS, DetectorInterface):
     """detectron2's FCOS with another ``losses()``: same parameters, same inference.
 
-    The classification loss is balanced by eq. 2 and the GIoU loss by eq. 4; centerness is left
-    alone. The ``state_dict`` is FCOS's, so checkpoints load strictly both ways.
+    The classification loss is balanced by eq. 2, or is one of its rivals, and the GIoU loss by
+    eq. 4; centerness is left alone. The ``state_dict`` is FCOS's, so checkpoints load strictly both
+    ways.
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        cls_eta: float = 1.5,
-        cls_norm_scope: str = "batch",
-        loc_lambda: float = 1.5,
-        loc_weight: float = 0.0,
-        loc_weight_rule: str = "running",
-        warmup_iters: int = 1000,
-        normalizer: str = "ema",
-        **fcos: Any,
-    ):
+    def __init__(self, *, iou_balanced: LossOptions, **fcos: Any):
         """Build FCOS and its losses.
 
         Args:
-            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
-            cls_norm_scope: "batch", "level", "image" or "global".
-            loc_lambda: power of the GIoU loss's weights.
-            loc_weight: w_loc, 0 to measure it.
-            loc_weight_rule: how to measure it: "first", "warmup" or "running".
-            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
-            normalizer: "ema" or "batch".
+            iou_balanced: the keys of ``MODEL.IOU_BALANCED``.
             fcos: the arguments of :class:`FCOS`.
 
         Raises:
-            ValueError: if a value is out of its range; the message names the argument.
+            ValueError: if an option is not for FCOS; the message names the key.
         """
         super().__init__(**fcos)
-        self.check_loss_args(loc_weight_rule=loc_weight_rule)
+        self.check_loss_options(iou_balanced)
         self.iou_balanced_loss = IoUBalancedLoss(
             num_classes=self.num_classes,
             box2box_transform=self.box2box_transform,
+            options=iou_balanced,
             focal_loss_alpha=self.focal_loss_alpha,
             focal_loss_gamma=self.focal_loss_gamma,
             box_reg_loss_type="giou",
-            cls_eta=cls_eta,
-            cls_norm_scope=cls_norm_scope,
-            loc_lambda=loc_lambda,
-            loc_weight=loc_weight,
-            loc_weight_rule=loc_weight_rule,
-            warmup_iters=warmup_iters,
-            normalizer=normalizer,
-            normalizer_start=_NORMALIZER_START,
+            num_pos_start=_NUM_POS_START,
         )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """FCOS's arguments and those of ``MODEL.IOU_BALANCED``."""
-        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+        """FCOS's arguments and the options of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
 
-    @staticmethod
-    def check_loss_args(*, loc_weight_rule: str, **_: Any) -> None:
-        """Refuse the rule "anchors": an anchor of FCOS is a point, its box tells nothing.
-
-        Args:
-            loc_weight_rule: how w_loc is measured.
+    @classmethod
+    def check_loss_options(cls, options: LossOptions) -> None:
+        """Refuse to measure w_loc at anchors: those of FCOS are points.
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: naming the key.
         """
-        if loc_weight_rule == "anchors":
+        if options.loc_weight_rule == "anchors":
             raise ValueError(
-                "loc_weight_rule must be first, warmup or running, got 'anchors': FCOS has points "
-                "in place of anchors, so there are no boxes to measure w_loc with"
+                "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE must be first or running, got 'anchors': FCOS "
+                "has points in place of anchors, so there are no boxes to measure w_loc with"
             )
 
     def losses(
@@ -163,18 +139,22 @@ class IoUBalancedFCOS(FCOS):
 
         Returns:
             "loss_fcos_cls", "loss_fcos_loc" and "loss_fcos_ctr", float32 scalars, all divided by
-            the same normaliser.
+            the same number.
         """
-        sums = self.iou_balanced_loss.loss_sums(
-            anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes
+
+        def centerness_loss(positives: Positives, anchor: Tensor, gt: Tensor) -> dict[str, Tensor]:
+            # float32 also under autocast, as the other two.
+            centerness = gather_rows(pred_centerness, positives).squeeze(dim=1).float()
+            # The P positives as one level of one image, which is all that is looked at.
+            target = self.compute_ctrness_targets([Boxes(anchor)], [gt]).squeeze(dim=0)
+            loss = F.binary_cross_entropy_with_logits(centerness, target, reduction="sum")
+            return {"loss_ctr": loss}
+
+        losses = self.iou_balanced_loss(
+            anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, centerness_loss
         )
-        # float32 also under autocast, as the other two.
-        centerness = gather_rows(pred_centerness, sums.positives).squeeze(dim=1).float()
-        # The P positives as one level of one image, which is all that is looked at.
-        target = self.compute_ctrness_targets([Boxes(sums.anchor)], [sums.gt]).squeeze(dim=0)
-        loss_ctr = F.binary_cross_entropy_with_logits(centerness, target, reduction="sum")
         return {
-            "loss_fcos_cls": sums.cls / sums.normalizer,
-            "loss_fcos_loc": sums.loc / sums.normalizer,
-            "loss_fcos_ctr": loss_ctr / sums.normalizer,
+            "loss_fcos_cls": losses["loss_cls"],
+            "loss_fcos_loc": losses["loss_box_reg"],
+            "loss_fcos_ctr": losses["loss_ctr"],
         }

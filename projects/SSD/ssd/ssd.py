@@ -25,8 +25,10 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iou_balanced_d2.config import iou_balanced_args
+from iou_balanced_d2.config import loss_options
 from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.losses import LossOptions
+from iou_balanced_d2.modeling import DetectorInterface
 from iou_balanced_d2.modeling.positives import (
     find_positives,
     gather_anchors,
@@ -67,7 +69,7 @@ class SSDHead(nn.Module):
 
 
 @META_ARCH_REGISTRY.register()
-class SSD(DenseDetector):
+class SSD(DenseDetector, DetectorInterface):
     """SSD (Liu et al., arXiv 1512.02325) with the losses of the paper."""
 
     # The learning rate of the author's COCO set-up, by the linear rule: 0.002 for 64 images.
@@ -159,11 +161,11 @@ class SSD(DenseDetector):
 
     @classmethod
     def build_augmentation(cls, cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T.Transform]:
-        """Asked for by the data loaders: see :func:`augmentation.build_augmentation`."""
+        """See :func:`augmentation.build_augmentation`."""
         return build_augmentation(cfg, is_train)
 
-    @staticmethod
-    def check_weights(cfg: CfgNode) -> None:
+    @classmethod
+    def check_weights(cls, cfg: CfgNode) -> None:
         """Refuse to train VGG16, which has no normalisation, from scratch.
 
         Raises:
@@ -301,49 +303,43 @@ class IoUBalancedSSD(SSD):
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        cls_eta: float = 1.5,
-        cls_norm_scope: str = "image",
-        loc_lambda: float = 1.5,
-        loc_weight: float = 0.0,
-        loc_weight_rule: str = "anchors",
-        warmup_iters: int = 1000,
-        normalizer: str = "batch",
-        **ssd: Any,
-    ):
+    def __init__(self, *, iou_balanced: LossOptions, **ssd: Any):
         """Build SSD and its losses.
 
         Args:
-            cls_eta: see :class:`IoUBalancedLoss`, as the next six.
-            cls_norm_scope: "image", the author's, "batch", "level" or "global".
-            loc_lambda: power of the box loss's weights.
-            loc_weight: w_loc, 0 to measure it.
-            loc_weight_rule: how to measure it.
-            warmup_iters: steps of the learning rate's warm-up, for the rule "warmup".
-            normalizer: "batch", SSD's own, or "ema".
+            iou_balanced: the keys of ``MODEL.IOU_BALANCED``.
             ssd: the arguments of :class:`SSD`.
+
+        Raises:
+            ValueError: if an option is not for SSD; the message names the key.
         """
         super().__init__(**ssd)
+        self.check_loss_options(iou_balanced)
         self.iou_balanced_loss = SSDLoss(
             neg_pos_ratio=self.neg_pos_ratio,
             num_classes=self.num_classes,
             box2box_transform=self.box2box_transform,
+            options=iou_balanced,
             smooth_l1_beta=self.smooth_l1_beta,
-            cls_eta=cls_eta,
-            cls_norm_scope=cls_norm_scope,
-            loc_lambda=loc_lambda,
-            loc_weight=loc_weight,
-            loc_weight_rule=loc_weight_rule,
-            warmup_iters=warmup_iters,
-            normalizer=normalizer,
         )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """SSD's arguments and those of ``MODEL.IOU_BALANCED``."""
-        return {**super().from_config(cfg), **iou_balanced_args(cfg)}
+        """SSD's arguments and the options of ``MODEL.IOU_BALANCED``."""
+        return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
+
+    @classmethod
+    def check_loss_options(cls, options: LossOptions) -> None:
+        """Refuse the rivals of eq. 2, which need a sigmoid for each class.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if options.cls_loss != "iou_balanced":
+            raise ValueError(
+                f"MODEL.IOU_BALANCED.CLS_LOSS must be iou_balanced, got {options.cls_loss!r}: "
+                "SSD's scores are a softmax, and that loss needs a sigmoid for each class"
+            )
 
     def losses(
         self,

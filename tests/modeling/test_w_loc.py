@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from iou_balanced_d2.modeling.loc_weight import LocWeight
+from iou_balanced_d2.losses import LossOptions
+from iou_balanced_d2.modeling.w_loc import WLocMeasurement
 
 from ..losses import numpy_oracle as oracle
 from .test_iou_balanced_loss import K, make_batch, make_loss, to_numpy
@@ -33,7 +34,7 @@ def w_loc_over_steps(rule, seeds, **kwargs):
     values = []
     for seed in seeds:
         module(*make_batch(seed))
-        values.append(module.loc_weight.w_loc.item())
+        values.append(module.w_loc_measurement.w_loc.item())
     return values
 
 
@@ -43,16 +44,42 @@ def ratio(*sums):
 
 def test_each_rule_over_three_steps():
     sums = [sums_of(make_batch(seed)) for seed in range(3)]
-    at_anchors = sums_of(make_batch(0), at_anchors=True)
+    at_anchors = [sums_of(make_batch(seed), at_anchors=True) for seed in range(3)]
     expected = {
-        "first": [ratio(sums[0])] * 3,
-        "anchors": [ratio(at_anchors)] * 3,
-        "warmup": [ratio(sums[0]), ratio(*sums[:2]), ratio(*sums[:2])],
-        "running": [ratio(s) for s in sums],
+        ("first", 1): [ratio(sums[0])] * 3,
+        ("first", 2): [ratio(sums[0]), ratio(*sums[:2]), ratio(*sums[:2])],
+        ("anchors", 1): [ratio(at_anchors[0])] * 3,
+        ("anchors", 2): [ratio(at_anchors[0]), ratio(*at_anchors[:2]), ratio(*at_anchors[:2])],
+        ("running", 2): [ratio(s) for s in sums],
     }
-    for rule, values in expected.items():
-        got = w_loc_over_steps(rule, range(3), warmup_iters=2)
+    for (rule, steps), values in expected.items():
+        got = w_loc_over_steps(rule, range(3), loc_weight_steps=steps)
         np.testing.assert_allclose(got, values, rtol=1e-5, err_msg=rule)
+
+
+def test_steps_without_positives_do_not_count():
+    module = make_loss(loc_weight_steps=2)
+    anchors, logits, labels, deltas, gt = make_batch(0)
+    module(anchors, logits, [torch.full_like(x, K) for x in labels], deltas, gt)
+    for seed in range(3):
+        module(*make_batch(seed))
+    measured = module.w_loc_measurement.w_loc.item()
+    np.testing.assert_allclose(
+        measured, ratio(*(sums_of(make_batch(s)) for s in (0, 1))), rtol=1e-5
+    )
+
+
+def test_the_spread_of_the_steps_is_logged(caplog):
+    module = make_loss(loc_weight_steps=4)
+    with caplog.at_level(logging.INFO, logger="iou_balanced_d2"):
+        for seed in range(5):
+            module(*make_batch(seed))
+    single = [ratio(sums_of(make_batch(seed))) for seed in range(4)]
+    spread = np.std(single, ddof=1)
+    error = spread / 2 / np.mean(single)
+    assert f"over 4 steps (standard deviation of the steps {spread:.2f}" in caplog.text
+    assert f"relative standard error {error:.1%})" in caplog.text
+    assert caplog.text.count("w_loc measured") == 1
 
 
 def test_running_keeps_the_sum_of_the_box_loss_at_every_step():
@@ -73,15 +100,15 @@ def test_running_is_plain_where_no_box_overlaps():
     torch.testing.assert_close(got["loss_box_reg"], expected["loss_box_reg"])
 
 
-@pytest.mark.parametrize("rule", ["first", "anchors", "warmup", "running"])
+@pytest.mark.parametrize("rule", ["first", "anchors", "running"])
 def test_state_of_each_rule_is_resumed_in_the_middle(rule):
-    module = make_loss(loc_weight_rule=rule, warmup_iters=3)
+    module = make_loss(loc_weight_rule=rule, loc_weight_steps=3)
     module(*make_batch(0))
-    resumed = make_loss(loc_weight_rule=rule, warmup_iters=3)
+    resumed = make_loss(loc_weight_rule=rule, loc_weight_steps=3)
     resumed.load_training_state(module.training_state())
     for seed in (1, 2, 3):
         torch.testing.assert_close(resumed(*make_batch(seed)), module(*make_batch(seed)))
-        assert resumed.loc_weight.w_loc == module.loc_weight.w_loc
+        assert resumed.w_loc_measurement.w_loc == module.w_loc_measurement.w_loc
 
 
 @pytest.mark.parametrize(("spread", "warned"), [(0.3, False), (1.2, True)])
@@ -91,7 +118,9 @@ def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
         module(*make_batch(spread=spread))
     assert "w_loc measured" in caplog.text
     assert (
-        ("far above the paper's" in caplog.text) == warned == (module.loc_weight.w_loc > 5).item()
+        ("far above the paper's" in caplog.text)
+        == warned
+        == (module.w_loc_measurement.w_loc > 5).item()
     )
 
 
@@ -99,8 +128,8 @@ def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
     ("rule", "cause"), [("first", "the first boxes are bad"), ("anchors", "overlap the objects")]
 )
 def test_the_cause_of_a_large_w_loc_is_the_rules(caplog, rule, cause):
-    loc_weight = LocWeight(loc_weight=0.0, loc_weight_rule=rule, warmup_iters=1)
-    loc_weight.update(torch.tensor(12.0), torch.tensor(2.0))
+    measurement = WLocMeasurement(LossOptions(loc_weight_rule=rule, loc_weight_steps=1))
+    measurement.update(*torch.tensor([12.0, 2.0], dtype=torch.float64))
     assert cause in caplog.text
     assert ("LOC_WEIGHT_RULE anchors" in caplog.text) == (rule == "first")
 
@@ -109,12 +138,11 @@ def test_loc_mean_weight_is_what_the_box_loss_weighs():
     module = make_loss(loc_weight=3.049, normalizer="batch")
     plain = make_loss(loc_lambda=0.0, normalizer="batch")
     got, expected = (m(*make_batch())["loss_box_reg"].item() for m in (module, plain))
-    mean_weight = module.loc_weight.mean_weight(*map(torch.tensor, sums_of(make_batch())))
+    mean_weight = module.w_loc_measurement.mean_weight(*map(torch.tensor, sums_of(make_batch())))
     np.testing.assert_allclose(mean_weight.item(), got / expected, rtol=1e-5)
 
 
 def test_a_running_w_loc_beyond_float32_is_not_used():
-    loc_weight = LocWeight(loc_weight=0.0, loc_weight_rule="running", warmup_iters=0)
-    sums = torch.tensor([30.0, 2e-43], dtype=torch.float64)
-    loc_weight.update(*sums)
-    assert loc_weight.weights(torch.tensor([0.0, 0.5]), 1.5).tolist() == [1.0, 1.0]
+    measurement = WLocMeasurement(LossOptions(loc_weight_rule="running"))
+    measurement.update(*torch.tensor([30.0, 2e-43], dtype=torch.float64))
+    assert measurement.weights(torch.tensor([0.0, 0.5])).tolist() == [1.0, 1.0]

@@ -1,0 +1,110 @@
+"""The options of the losses: names, defaults, meanings and checks, once for all detectors."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .weights import check_not_negative
+
+CLS_LOSSES = ("iou_balanced", "quality_focal", "varifocal")
+CLS_NORM_SCOPES = ("batch", "level", "image", "global")
+LOC_WEIGHT_RULES = ("anchors", "first", "running")
+NORMALIZERS = ("ema", "batch")
+BOX_REG_LOSS_TYPES = ("smooth_l1", "giou", "diou", "ciou")
+
+_CHOICES = {
+    "cls_loss": CLS_LOSSES,
+    "cls_norm_scope": CLS_NORM_SCOPES,
+    "loc_weight_rule": LOC_WEIGHT_RULES,
+    "normalizer": NORMALIZERS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The keys of ``MODEL.IOU_BALANCED``; a field is the key of its name in lower case.
+
+    The comment above a field is its meaning; ``python -m iou_balanced_d2.config`` prints it, too.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the key.
+    """
+
+    # The classification loss: "iou_balanced" = focal loss with the positives weighted by eq. 2;
+    # "quality_focal" (arXiv 2006.04388, beta 2) or "varifocal" (arXiv 2008.13367, alpha 0.75,
+    # gamma 2) = the IoU of a positive's regressed box is the target of its score. These two
+    # read neither FOCAL_LOSS_ALPHA and _GAMMA nor CLS_ETA and CLS_NORM_SCOPE; not for SSD.
+    cls_loss: str = "iou_balanced"
+    # eta of eq. 2: positives' classification loss is weighted by IoU^eta, its sum kept.
+    # 0.0 is the plain focal loss.
+    cls_eta: float = 1.5
+    # Within what eq. 2 keeps the sum: "batch" = all positives of this process, the equation as
+    # written; "level" = each pyramid level, the author's RetinaNet code; "image" = each image,
+    # his SSD code; "global" = the positives of all processes.
+    cls_norm_scope: str = "batch"
+    # Factor of the whole classification loss.
+    cls_loss_weight: float = 1.0
+    # lambda of eq. 4: positives' box loss is weighted by w_loc * IoU^lambda.
+    # 0.0 is the plain box loss, times LOC_WEIGHT if that is not 0.0.
+    loc_lambda: float = 1.5
+    # w_loc of eq. 4. 0.0 = measure it by LOC_WEIGHT_RULE; any other value is used as it is (the
+    # author's, tuned by hand: 3.049 for R50 on COCO, 2.34 on VOC).
+    loc_weight: float = 0.0
+    # On which boxes w_loc is measured, so that the sum of the box loss stays what it was:
+    # "anchors" = the anchors, which is what heads that start at 0 predict (the paper's do): w_loc
+    # is right also for heads that start at noise; not for FCOS, nor for fine-tuning; "first" = the
+    # regressed boxes of the first steps, the paper's rule; "running" = the regressed boxes at
+    # every step anew, eq. 5.
+    loc_weight_rule: str = "anchors"
+    # Over how many of the first steps with positives "anchors" and "first" measure. Until then
+    # w_loc is that of the steps so far; after that it is kept. 1 is the paper's words.
+    loc_weight_steps: int = 50
+    # Factor of the whole box loss, beside w_loc.
+    bbox_reg_loss_weight: float = 1.0
+    # What the losses are divided by: "ema" = the moving average of the number of positives,
+    # detectron2's rule; "batch" = the number of positives of this step, the author's code.
+    normalizer: str = "ema"
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for field in fields(self):
+            key, value = f"MODEL.IOU_BALANCED.{field.name.upper()}", getattr(self, field.name)
+            if field.name in _CHOICES:
+                check_choice(key, value, _CHOICES[field.name])
+            else:
+                check_not_negative(key, value)
+        if self.loc_weight_steps < 1:
+            raise ValueError("MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS must be at least 1, got 0")
+
+
+def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
+    """Check a value that is one of a few words.
+
+    Raises:
+        ValueError: naming the key and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_plain_losses(keys: Mapping[str, Any], section: str = "") -> None:
+    """Check the keys of a detector's plain losses, where it has them.
+
+    Args:
+        keys: values of FOCAL_LOSS_ALPHA, FOCAL_LOSS_GAMMA, SMOOTH_L1_LOSS_BETA and
+            BBOX_REG_LOSS_TYPE; others are not looked at.
+        section: what stands before the key in the config, such as "MODEL.RETINANET.".
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the key.
+    """
+    alpha = keys.get("FOCAL_LOSS_ALPHA", 0.25)
+    if not alpha <= 1:
+        raise ValueError(
+            f"{section}FOCAL_LOSS_ALPHA must be at most 1 (below 0: positives and negatives weigh "
+            f"the same), got {alpha}"
+        )
+    for key in ("FOCAL_LOSS_GAMMA", "SMOOTH_L1_LOSS_BETA"):
+        check_not_negative(f"{section}{key}", keys.get(key, 0.0))
+    box_loss = keys.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
+    check_choice(f"{section}BBOX_REG_LOSS_TYPE", box_loss, BOX_REG_LOSS_TYPES)
