@@ -23,8 +23,6 @@ from .weights import iou_balanced_cls_weights
 
 # Elements of one block on a GPU without Triton: it bounds the memory of temporaries.
 _GPU_BLOCK = 1 << 24
-# log1p(exp(x)) equals x to the last bit of float64 above this, and exp(80) is no overflow.
-_LARGE_LOGIT = 80.0
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +48,11 @@ def focal_targets(labels: Tensor, num_classes: int) -> FocalTargets:
 
 
 class _Buffers(NamedTuple):
-    """Three tensors of one shape and type, written over by each block."""
+    """Three tensors of one shape and type that each block is computed in."""
 
-    exp: Tensor
-    one_plus_exp: Tensor
     p: Tensor
+    s: Tensor
+    loss: Tensor
 
 
 def _class_factors(alpha: float) -> tuple[float, float]:
@@ -68,20 +66,17 @@ def _background_terms(
     """Focal loss of logits x (any shape) towards target 0; its derivative goes to ``grad``.
 
     With p = sigmoid(x) and s = -log(1 - p): factor p^gamma s, whose derivative is
-    factor p^gamma (gamma (1 - p) s + p). All of it comes from one e = exp(x):
-    p = e / (1 + e), s = log(1 + e), 1 - p = 1 / (1 + e).
+    factor p^gamma (gamma (1 - p) s + p).
     """
-    e, u, p = buffers
-    torch.exp(torch.clamp(x, max=_LARGE_LOGIT, out=e), out=e)
-    torch.add(e, 1, out=u)
-    torch.div(e, u, out=p)
-    s = torch.maximum(e.log1p_(), x, out=e)  # x itself where it was clamped
+    torch.sigmoid(x, out=buffers.p)
+    # Of torch's ways to s the one that is exact for all x and does not start threads of MKL's,
+    # as exp, log and log1p do.
+    torch.logaddexp(x, x.new_zeros(()), out=buffers.s)
+    p, s, modulator = buffers
+    torch.pow(p, gamma, out=modulator).mul_(factor)
     if grad is not None:
-        torch.div(s, u, out=grad)
-        torch.add(p, grad, alpha=gamma, out=grad)
-    modulator = torch.pow(p, gamma, out=u).mul_(factor)
-    if grad is not None:
-        grad.mul_(modulator)
+        torch.addcmul(s, s, p, value=-1, out=grad)
+        torch.add(p, grad, alpha=gamma, out=grad).mul_(modulator)
     return modulator.mul_(s)
 
 

@@ -71,7 +71,8 @@ def iou_balanced_cls_weights(
     """
     check_power("eta", eta)
     _check_rows(iou=iou, cls_loss=cls_loss, **({} if group is None else {"group": group}))
-    powered = iou**eta
+    # In the loss's type: the scale of float64 losses can be beyond float32.
+    powered = iou.to(cls_loss.dtype) ** eta
     if group is None:
         return apply_cls_scale(
             powered, sum_keeping_scale((powered * cls_loss).sum(), cls_loss.sum())

@@ -1,14 +1,15 @@
 """Labelling anchors as detectron2's RetinaNet does, block by block.
 
 Letters: G ground-truth boxes of one image, R anchors of one image over all levels, B blocks of
-R_b anchors. Boxes are XYXY in absolute coordinates.
+R_b anchors. Boxes are XYXY in absolute coordinates; a block of anchors holds them as columns, (4, R_b),
+as its operations run along the anchors.
 """
 
 from collections.abc import Iterator
 
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..threads import CPU_BLOCK, run_in_threads
@@ -38,8 +39,8 @@ def label_anchors(
     """
     flat = Boxes.cat(anchors).tensor
     size = _CPU_ANCHORS if flat.device.type == "cpu" else _GPU_ANCHORS
-    blocks = [block for level in anchors for block in level.tensor.split(size)]
-    hulls = torch.stack([torch.cat([b[:, :2].amin(0), b[:, 2:].amax(0)]) for b in blocks])
+    blocks = [b.T.contiguous() for level in anchors for b in level.tensor.split(size)]
+    hulls = torch.stack([torch.cat([b[:2].amin(dim=1), b[2:].amax(dim=1)]) for b in blocks])
     gt_labels, gt_boxes = [], []
     for gt in gt_instances:
         boxes = gt.gt_boxes.tensor
@@ -62,7 +63,7 @@ def _match(
     """What ``matcher`` makes of the IoU (G, R), of which only blocks with an overlap are computed.
 
     Args:
-        blocks: B tensors (R_b, 4), the anchors.
+        blocks: B tensors (4, R_b), the anchors.
         hulls: (B, 4), the smallest box around each block.
         boxes: (G, 4), G > 0.
         matcher: see :func:`label_anchors`.
@@ -71,7 +72,7 @@ def _match(
         (R,) int64, the box of each anchor's highest IoU; (R,) int8, 1 for positive, 0 for
         background, -1 for ignored.
     """
-    sizes = [len(block) for block in blocks]
+    sizes = [block.shape[1] for block in blocks]
     best = boxes.new_zeros(sum(sizes))  # highest IoU of each anchor
     match = torch.zeros_like(best, dtype=torch.int64)
     best_of_box = boxes.new_zeros(len(blocks), len(boxes))  # highest IoU of a box in each block
@@ -95,9 +96,9 @@ def _match(
         for anchors, near, *results, highest in shared:
             size = max(pairs // len(near), 1)
             for part, part_best, part_match in zip(
-                anchors.split(size), *(x.split(size) for x in results), strict=True
+                *(x.split(size, dim=-1) for x in (anchors, *results)), strict=True
             ):
-                iou = pairwise_iou(Boxes(boxes[near]), Boxes(part))
+                iou = _pairwise_iou(boxes[near], part)
                 values, index = iou.max(dim=0)
                 part_best.copy_(values)
                 part_match.copy_(near[index])
@@ -118,7 +119,7 @@ def _label_best_anchors(
 
     Args:
         label: (R,) int8.
-        blocks: B tensors (R_b, 4), the anchors.
+        blocks: B tensors (4, R_b), the anchors.
         boxes: (G, 4).
         best_of_box: (B, G), the highest IoU of each box in each block.
     """
@@ -126,11 +127,23 @@ def _label_best_anchors(
     # The best IoU of a box that overlaps no anchor is 0, which all anchors have with it.
     label.masked_fill_((highest == 0).any(), 1)
     has_highest = _indices((best_of_box == highest) & (highest > 0))
-    labels = label.split([len(block) for block in blocks])
+    labels = label.split([block.shape[1] for block in blocks])
     for anchors, here, block_label in zip(blocks, has_highest, labels, strict=True):
         if len(here):
-            iou = pairwise_iou(Boxes(boxes[here]), Boxes(anchors))
+            iou = _pairwise_iou(boxes[here], anchors)
             block_label.masked_fill_((iou == highest[here, None]).any(dim=0), 1)
+
+
+def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU (G, R_b) of boxes (G, 4) and anchors (4, R_b), bit by bit detectron2's."""
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)
+    left, top, right, bottom = anchors
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
+    intersection = width.mul_(height)
+    areas = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top)
+    iou = intersection.div_(areas.sub_(intersection))
+    return iou.nan_to_num_(nan=0.0)  # two boxes without area
 
 
 def _indices(mask: Tensor) -> list[Tensor]:
