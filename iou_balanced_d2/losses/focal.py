@@ -69,8 +69,7 @@ def _background_terms(
     factor p^gamma (gamma (1 - p) s + p).
     """
     torch.sigmoid(x, out=buffers.p)
-    # Of torch's ways to s the one that is exact for all x and does not start threads of MKL's,
-    # as exp, log and log1p do.
+    # exp, log and log1p would start threads of MKL's for every block.
     torch.logaddexp(x, x.new_zeros(()), out=buffers.s)
     p, s, modulator = buffers
     torch.pow(p, gamma, out=modulator).mul_(factor)

@@ -1,8 +1,8 @@
 """Labelling anchors as detectron2's RetinaNet does, block by block.
 
 Letters: G ground-truth boxes of one image, R anchors of one image over all levels, B blocks of
-R_b anchors. Boxes are XYXY in absolute coordinates; a block of anchors holds them as columns, (4, R_b),
-as its operations run along the anchors.
+R_b anchors. Boxes are XYXY in absolute coordinates; a block holds its anchors as columns,
+(4, R_b), as operations run along them.
 """
 
 from collections.abc import Iterator

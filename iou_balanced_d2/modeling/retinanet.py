@@ -16,7 +16,8 @@ from .iou_balanced_loss import IoUBalancedLoss
 class IoUBalancedRetinaNet(RetinaNet):
     """detectron2's RetinaNet with another ``losses()``: same parameters, same inference.
 
-    Anchors get the same labels, in less time and memory. Its ``state_dict`` is RetinaNet's, so checkpoints load strictly both ways.
+    Anchors get the same labels, in less time and memory. Its ``state_dict`` is RetinaNet's, so
+    checkpoints load strictly both ways.
     """
 
     @configurable
