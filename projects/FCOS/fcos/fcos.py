@@ -9,13 +9,15 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
 from iou_balanced_d2.config import iou_balanced_args
 from iou_balanced_d2.modeling import IoUBalancedLoss
 from iou_balanced_d2.modeling.positives import gather_rows
+
+from .matching import label_points
 
 _NORMALIZER_START = 300.0  # detectron2's FCOS
 
@@ -141,6 +143,18 @@ class IoUBalancedFCOS(FCOS):
                 "loc_weight_rule must be first, warmup or running, got 'anchors': FCOS has points "
                 "in place of anchors, so there are no boxes to measure w_loc with"
             )
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See :func:`.matching.label_points`; arguments and results are FCOS's."""
+        return label_points(
+            self._match_anchors,
+            self.center_sampling_radius,
+            anchors,
+            gt_instances,
+            self.num_classes,
+        )
 
     def losses(
         self,
