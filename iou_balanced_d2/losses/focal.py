@@ -47,31 +47,23 @@ def focal_targets(labels: Tensor, num_classes: int) -> FocalTargets:
     return FocalTargets(rows, labels[rows], (labels < 0).nonzero().squeeze(1))
 
 
-class _Buffers(NamedTuple):
-    """Three tensors of one shape and type that each block is computed in."""
-
-    p: Tensor
-    s: Tensor
-    loss: Tensor
-
-
 def _class_factors(alpha: float) -> tuple[float, float]:
     """Factors of the positive and the negative terms; a negative alpha weighs neither."""
     return (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
 def _background_terms(
-    x: Tensor, factor: float, gamma: float, buffers: _Buffers, grad: Tensor | None = None
+    x: Tensor, factor: float, gamma: float, buffers: Tensor, grad: Tensor | None = None
 ) -> Tensor:
     """Focal loss of logits x (any shape) towards target 0; its derivative goes to ``grad``.
 
     With p = sigmoid(x) and s = -log(1 - p): factor p^gamma s, whose derivative is
-    factor p^gamma (gamma (1 - p) s + p).
+    factor p^gamma (gamma (1 - p) s + p). The loss is one of the ``buffers``, (3, *x.shape).
     """
-    torch.sigmoid(x, out=buffers.p)
-    # exp, log and log1p would start threads of MKL's for every block.
-    torch.logaddexp(x, x.new_zeros(()), out=buffers.s)
     p, s, modulator = buffers
+    torch.sigmoid(x, out=p)
+    # log(exp(x) + exp(0)); exp, log and log1p would each start threads of MKL for every block.
+    torch.logaddexp(x, x.new_zeros(()), out=s)
     torch.pow(p, gamma, out=modulator).mul_(factor)
     if grad is not None:
         torch.addcmul(s, s, p, value=-1, out=grad)
@@ -85,12 +77,8 @@ def _positive_terms(x: Tensor, factor: float, gamma: float) -> tuple[Tensor, Ten
     The mirror of the background: target 1 at x is target 0 at -x.
     """
     grad = torch.empty_like(x)
-    loss = _background_terms(-x, factor, gamma, _buffers_like(x), grad)
+    loss = _background_terms(-x, factor, gamma, x.new_empty(3, *x.shape), grad)
     return loss, -grad
-
-
-def _buffers_like(x: Tensor) -> _Buffers:
-    return _Buffers(*x.new_empty(3, *x.shape).unbind())
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -123,27 +111,22 @@ def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor |
     dtype = _compute_dtype(logits)
     sums = logits.new_empty(len(logits), dtype=dtype)
     size = CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK
-    rows = max(size // max(logits.shape[1], 1), 1)
+    rows = min(max(size // max(logits.shape[1], 1), 1), max(len(logits), 1))
 
     def work(blocks: Iterator[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        shape = (min(rows, len(logits)), logits.shape[1])
-        buffers = _buffers_like(logits.new_empty(shape, dtype=dtype))
-        # Half precision is converted block by block, on the way in and on the way out.
-        x_buffer, grad_buffer = (logits.new_empty(shape, dtype=dtype) for _ in range(2))
-        for x, out, row_sums in blocks:
-            n = len(x)
-            x = x if x.dtype == dtype else x_buffer[:n].copy_(x)
-            block_grad = out if out is None or out.dtype == dtype else grad_buffer[:n]
-            block = _Buffers(*(b[:n] for b in buffers))
-            loss = _background_terms(x, factor, gamma, block, block_grad)
-            torch.sum(loss, dim=1, out=row_sums)
-            if out is not block_grad:
+        buffers = logits.new_empty(5, rows, logits.shape[1], dtype=dtype)
+        for x, row_sums, out in blocks:
+            own, (x_buffer, grad_buffer) = buffers[:3, : len(x)], buffers[3:, : len(x)]
+            # Half precision is converted block by block, on the way in and on the way out.
+            x = x if x.dtype == dtype else x_buffer.copy_(x)
+            block_grad = out if out is None or out.dtype == dtype else grad_buffer
+            torch.sum(_background_terms(x, factor, gamma, own, block_grad), dim=1, out=row_sums)
+            if out is not None and block_grad is not out:
                 out.copy_(block_grad)
 
-    split = [t.split(rows) for t in (logits, sums)]
     grads = repeat(None) if grad is None else grad.split(rows)
-    blocks = list(zip(split[0], grads, split[1], strict=False))
-    run_in_threads(work, blocks, 1 if logits.is_cuda else torch.get_num_threads())
+    blocks = list(zip(logits.split(rows), sums.split(rows), grads, strict=False))
+    run_in_threads(work, blocks, torch.get_num_threads() if logits.device.type == "cpu" else 1)
     return sums
 
 
@@ -162,7 +145,7 @@ def _focal_sum(
     x = logits[rows].to(dtype)  # (P, K)
     own = classes[:, None]
     loss, loss_grad = _positive_terms(x.gather(1, own), positive_factor, gamma)
-    terms = _background_terms(x, negative_factor, gamma, _buffers_like(x))
+    terms = _background_terms(x, negative_factor, gamma, x.new_empty(3, *x.shape))
     sums[rows] = terms.scatter(1, own, weights[:, None].to(dtype) * loss).sum(dim=1)
     sums[ignored] = 0
     if out is not None:

@@ -324,7 +324,7 @@ class IoUBalancedLoss(nn.Module):
         storage = _event_storage()
         if storage is None:
             return
-        storage.put_scalar("num_pos_anchors", num_pos / num_images)
+        storage.put_scalar("num_pos_anchors", num_pos / max(num_images, 1))
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
             mean_weight = self.loc_weight.mean_weight(sums.loc, sums.loc_balanced)
             scalars = {

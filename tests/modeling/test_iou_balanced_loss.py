@@ -248,3 +248,13 @@ def test_scalars_are_logged_under_the_keys_names():
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make_loss(**{name: value})
+
+
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
+def test_a_batch_of_no_images_has_a_loss_of_0_with_a_gradient(box_loss):
+    batch = make_batch(num_images=0, dtype=torch.float32)
+    with EventStorage(0):
+        losses = make_loss(box_reg_loss_type=box_loss)(*batch)
+    sum(losses.values()).backward()
+    assert all(x == 0 for x in losses.values())
+    assert all(x.grad.shape == x.shape for x in (*batch[1], *batch[3]))
