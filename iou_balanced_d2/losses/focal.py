@@ -121,8 +121,8 @@ def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor |
             x = x if x.dtype == dtype else x_buffer.copy_(x)
             block_grad = out if out is None or out.dtype == dtype else grad_buffer
             torch.sum(_background_terms(x, factor, gamma, own, block_grad), dim=1, out=row_sums)
-            if out is not None and block_grad is not out:
-                out.copy_(block_grad)
+            if out is not None and out.dtype != dtype:
+                out.copy_(grad_buffer)
 
     grads = repeat(None) if grad is None else grad.split(rows)
     blocks = list(zip(logits.split(rows), sums.split(rows), grads, strict=False))
