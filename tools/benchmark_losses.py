@@ -9,6 +9,9 @@ Compared on the same predictions, of a RetinaNet at 800x1333 (padded to 800x1344
     ours        IoUBalancedLoss, both losses balanced
     floor       reading the logits once and writing their gradient once, at copy speed
 
+The first row is measured as the machine is, the others beside 1, 2 and 4 processes of two
+threads each that this script starts and ends.
+
 python tools/benchmark_losses.py --output output/benchmark_losses.json
 """
 
@@ -23,7 +26,14 @@ from iou_balanced_d2.modeling import IoUBalancedLoss
 
 # isort: split
 import torch
-from benchmarking import in_own_process, median_ratio, peak_extra_bytes, report, time_side_by_side
+from benchmarking import (
+    busy_processes,
+    compare_times,
+    in_own_process,
+    peak_extra_bytes,
+    report,
+    time_side_by_side,
+)
 from detectron2.modeling import RetinaNet
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
@@ -150,45 +160,43 @@ def memory_of(name: str, *case: Any) -> int:
         return peak_extra_bytes(step, case[-1])
 
 
-def measure(num_images: int, num_classes: int, num_pos: int, args: Any) -> dict[str, Any]:
-    """One row of the table."""
-    shape = (num_images, num_classes, num_pos, args.device)
-    case = Case(*shape)
+def measure(case: Case, names: tuple[str, ...], args: Any) -> dict[str, list[float]]:
+    """Seconds of each implementation, in turns."""
     with EventStorage(0):
-        steps = {name: getattr(case, name) for name in NAMES}
-        seconds = time_side_by_side(steps, args.device, args.repeats)
-    ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-    num_logits = num_images * sum(LEVEL_SIZES) * num_classes
-    del case, steps
-    mib = {name: in_own_process(memory_of, name, *shape) / 2**20 for name in NAMES[:3]}
-    return {
-        "N": num_images,
-        "K": num_classes,
-        "P": num_pos,
-        **{f"{name} ms": value for name, value in ms.items()},
-        "ours / detectron2": median_ratio(seconds["ours"], seconds["detectron2"]),
-        "ours / dense": median_ratio(seconds["ours"], seconds["dense"]),
-        "ours / floor": median_ratio(seconds["ours"], seconds["floor"]),
-        "ours ns/logit": ms["ours"] * 1e6 / num_logits,
-        **{f"{name} MiB": value for name, value in mib.items()},
-        "memory: ours / detectron2": mib["ours"] / mib["detectron2"],
-    }
+        steps = {name: getattr(case, name) for name in names}
+        return time_side_by_side(steps, args.device, args.repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that are counted")
-    parser.add_argument("--quick", action="store_true", help="K = 80, N = 2, P = 200 only")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--positives", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--busy", type=int, nargs="*", default=[1, 2, 4], help="busy processes")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()
-    cases = [(2, 80, 200)]
-    if not args.quick:
-        cases += [(1, 80, 200), (4, 80, 200), (2, 80, 0), (2, 80, 2000), (1, 1203, 200)]
-    rows = [measure(*case, args) for case in cases]
-    report("Losses, forward + backward", rows, args.device, args.output)
-    if args.device == "cpu":
-        print("GPU: not measured (no CUDA device)" if not torch.cuda.is_available() else "")
+    shape = (args.images, args.classes, args.positives, args.device)
+    case = Case(*shape)
+    seconds = measure(case, NAMES, args)
+    mib = {name: in_own_process(memory_of, name, *shape) / 2**20 for name in NAMES[::2]}
+    quiet = {
+        **compare_times(seconds["ours"], seconds["detectron2"]),
+        **{f"{name} ms": 1000 * statistics.median(seconds[name]) for name in ("dense", "floor")},
+        **{f"{name} MiB": value for name, value in mib.items()},
+        "memory: ours / detectron2": mib["ours"] / mib["detectron2"],
+    }
+    rows = [{"busy processes": 0, **quiet}]
+    for number in args.busy:
+        with busy_processes(number):
+            seconds = measure(case, NAMES[::2], args)
+        row = compare_times(seconds["ours"], seconds["detectron2"])
+        rows.append({"busy processes": number, **row})
+    title = (
+        f"Losses, forward + backward, N = {args.images}, K = {args.classes}, P = {args.positives}"
+    )
+    report(title, rows, args.device, args.output)
 
 
 if __name__ == "__main__":

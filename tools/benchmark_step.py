@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Time and memory of a whole training step, and time of inference, side by side.
+"""Time and memory of a training step, of the labelling of its anchors, and of inference.
 
-RetinaNet-R50-FPN with random weights, as detectron2's RetinaNet and as IoUBalancedRetinaNet.
+RetinaNet-R50-FPN with random weights, side by side as detectron2's RetinaNet and as
+IoUBalancedRetinaNet; the training step also beside processes that keep the machine busy.
 
 python tools/benchmark_step.py --output output/benchmark_step.json
 """
 
 import argparse
-import statistics
+from collections.abc import Callable
 from typing import Any
 
 from iou_balanced_d2.engine import load_config
@@ -15,7 +16,14 @@ from iou_balanced_d2.model_zoo import get_config_file
 
 # isort: split
 import torch
-from benchmarking import in_own_process, median_ratio, peak_extra_bytes, report, time_side_by_side
+from benchmarking import (
+    busy_processes,
+    compare_times,
+    in_own_process,
+    peak_extra_bytes,
+    report,
+    time_side_by_side,
+)
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
@@ -28,20 +36,25 @@ DETECTORS = {"detectron2": "RetinaNet", "ours": "IoUBalancedRetinaNet"}
 class Detector:
     """One detector, its optimizer and a batch, seeded alike."""
 
-    def __init__(self, meta_architecture: str, args: Any):
+    def __init__(self, meta_architecture: str, num_objects: int, args: Any):
         options = ["MODEL.META_ARCHITECTURE", meta_architecture, "MODEL.DEVICE", args.device]
         cfg = load_config(get_config_file(CONFIG), options)
         torch.manual_seed(0)
         self.model = build_model(cfg)
         self.optimizer = build_optimizer(cfg, self.model)
-        self.batch = [self._image(args.height, args.width) for _ in range(args.num_images)]
+        size = (args.height, args.width)
+        self.batch = [self._image(*size, num_objects) for _ in range(args.images)]
+        self.instances = [x["instances"].to(args.device) for x in self.batch]
+        strides = [8, 16, 32, 64, 128]
+        levels = [torch.zeros(1, 1, *(-(-x // s) for x in size)) for s in strides]
+        self.anchors = self.model.anchor_generator([x.to(args.device) for x in levels])
 
     @staticmethod
-    def _image(height: int, width: int) -> dict[str, Any]:
-        corner = torch.rand(7, 2) * torch.tensor([width, height]) * 0.6
-        boxes = torch.cat([corner, corner + 20 + torch.rand(7, 2) * height * 0.4], dim=1)
+    def _image(height: int, width: int, num_objects: int) -> dict[str, Any]:
+        corner = torch.rand(num_objects, 2) * torch.tensor([width, height]) * 0.6
+        boxes = torch.cat([corner, corner + 20 + torch.rand(num_objects, 2) * height * 0.4], dim=1)
         instances = Instances((height, width), gt_boxes=Boxes(boxes))
-        instances.gt_classes = torch.randint(80, (7,))
+        instances.gt_classes = torch.randint(80, (num_objects,))
         image = torch.randint(0, 255, (3, height, width), dtype=torch.uint8)
         return {"image": image, "instances": instances, "height": height, "width": width}
 
@@ -56,6 +69,10 @@ class Detector:
             group["lr"] = 0.0
         self.optimizer.step()
 
+    def label_anchors(self) -> None:
+        """What a training step does first with the ground truth."""
+        self.model.label_anchors(self.anchors, self.instances)
+
     @torch.no_grad()
     def infer(self) -> None:
         """Detections of the first image."""
@@ -63,38 +80,46 @@ class Detector:
         self.model(self.batch[:1])
 
 
-def memory_of(name: str, args: Any) -> int:
-    """Peak of the second training step; in a process of its own."""
-    detector = Detector(DETECTORS[name], args)
-    detector.train()
+def memory_of(name: str, what: str, num_objects: int, args: Any) -> float:
+    """Peak of the second step, in MiB; in a process of its own."""
+    detector = Detector(DETECTORS[name], num_objects, args)
+    step: Callable[[], None] = getattr(detector, what)
+    step()
     detector.optimizer.zero_grad()
-    return peak_extra_bytes(detector.train, args.device)
+    return peak_extra_bytes(step, args.device) / 2**20
+
+
+def measure(what: str, num_objects: int, num_busy: int, args: Any) -> dict[str, Any]:
+    """One row of the table; memory does not depend on how busy the machine is."""
+    detectors = {name: Detector(arch, num_objects, args) for name, arch in DETECTORS.items()}
+    steps = {name: getattr(detector, what) for name, detector in detectors.items()}
+    with busy_processes(num_busy):
+        seconds = time_side_by_side(steps, args.device, args.repeats)
+    times = compare_times(seconds["ours"], seconds["detectron2"])
+    row = {"step": what, "objects": num_objects, "busy processes": num_busy, **times}
+    if what == "infer" or num_busy:
+        return row
+    mib = {name: in_own_process(memory_of, name, what, num_objects, args) for name in DETECTORS}
+    row |= {f"{name} MiB": value for name, value in mib.items()}
+    return {**row, "memory: ours / detectron2": mib["ours"] / mib["detectron2"]}
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--num-images", type=int, default=2)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--height", type=int, default=800 if on_gpu else 480)
     parser.add_argument("--width", type=int, default=1333 if on_gpu else 640)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--objects", type=int, default=200, help="in each image")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that are counted")
+    parser.add_argument("--busy", type=int, nargs="*", default=[2], help="busy processes")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()
-    peaks = {name: in_own_process(memory_of, name, args) / 2**20 for name in DETECTORS}
-    detectors = {name: Detector(arch, args) for name, arch in DETECTORS.items()}
-    rows = []
-    for what in ("train", "infer"):
-        steps = {name: getattr(detector, what) for name, detector in detectors.items()}
-        seconds = time_side_by_side(steps, args.device, args.repeats)
-        row: dict[str, Any] = {"step": what}
-        row |= {f"{name} s": statistics.median(values) for name, values in seconds.items()}
-        row["ours / detectron2"] = median_ratio(seconds["ours"], seconds["detectron2"])
-        if what == "train":
-            row |= {f"{name} MiB": value for name, value in peaks.items()}
-            row["memory: ours / detectron2"] = peaks["ours"] / peaks["detectron2"]
-        rows.append(row)
-    size = f"{args.num_images} images of {args.height}x{args.width}"
+    cases = [(what, args.objects, 0) for what in ("train", "label_anchors", "infer")]
+    cases += [("train", args.objects, number) for number in args.busy]
+    rows = [measure(*case, args) for case in cases]
+    size = f"{args.images} images of {args.height}x{args.width}"
     report(f"RetinaNet-R50-FPN, {size}", rows, args.device, args.output)
 
 

@@ -1,13 +1,16 @@
 """Side-by-side measurement of time and memory, shared by the benchmark scripts."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,34 @@ import torch
 from tabulate import tabulate
 
 Step = Callable[[], Any]
+
+
+# What keeps the other cores busy: a process of two threads, as a small training is. It ends itself
+# when the benchmark is gone.
+_BUSY = """
+import os, torch
+torch.set_num_threads(2)
+parent, x = os.getppid(), torch.rand(3, 512, 512)
+print("ready", flush=True)
+while os.getppid() == parent:
+    x = torch.tanh(x @ x)
+"""
+
+
+@contextlib.contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """Keep the machine busy with ``number`` processes of two threads each, and end them after."""
+    command = [sys.executable, "-c", _BUSY]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(number)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def synchronize(device: str) -> None:
@@ -50,6 +81,16 @@ def time_side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict
 def median_ratio(a: list[float], b: list[float]) -> float:
     """Median over rounds of a / b within a round."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def compare_times(ours: list[float], stock: list[float]) -> dict[str, float]:
+    """Columns of a table: medians of both, their ratio, and our worst round."""
+    return {
+        "detectron2 ms": 1000 * statistics.median(stock),
+        "ours ms": 1000 * statistics.median(ours),
+        "ours / detectron2": median_ratio(ours, stock),
+        "ours: worst / median": max(ours) / statistics.median(ours),
+    }
 
 
 def peak_extra_bytes(step: Step, device: str) -> int:

@@ -2,28 +2,27 @@
 
 Shapes: logits (M, K) for M anchors and K classes; P positives among them.
 
-Almost every one of the M * K logits is a negative. So the sum is taken as
-*background term of all logits* + *sparse correction at the positives and the ignored anchors*:
-no one-hot target, no masked copy, and loss and gradient come out of the same pass.
+Almost every one of the M * K logits is a negative. So one pass computes the background terms of all
+logits, summed row by row, and their gradient; then the few rows that hold a positive are computed
+anew and the ignored rows set to 0. There is no one-hot target and no masked copy. Nothing is
+subtracted either, so that no large term leaves its rounding error behind.
 """
 
 import functools
 import logging
+from collections.abc import Iterator
+from itertools import repeat
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..threads import CPU_BLOCK, run_in_threads
 from .weights import iou_balanced_cls_weights
 
-# Elements of one block on the CPU: its few temporaries of 4 bytes an element stay in a core's
-# cache, while a block is still long enough to hide the cost of calling an operator. Elsewhere
-# blocks only bound the memory of temporaries.
-_CPU_BLOCK, _BLOCK = 1 << 16, 1 << 24
-# log1p(exp(x)) equals x to the last bit of float64 above this, and exp(50) is far from overflow.
-_SOFTPLUS_THRESHOLD = 50.0
+# Elements of one block on a GPU without Triton: it bounds the memory of temporaries.
+_GPU_BLOCK = 1 << 24
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +47,37 @@ def focal_targets(labels: Tensor, num_classes: int) -> FocalTargets:
     return FocalTargets(rows, labels[rows], (labels < 0).nonzero().squeeze(1))
 
 
-def _background_terms(x: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Focal loss of logits x (any shape) towards target 0, and its derivative.
+def _class_factors(alpha: float) -> tuple[float, float]:
+    """Factors of the positive and the negative terms; a negative alpha weighs neither."""
+    return (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
 
-    With p = sigmoid(x) and s = -log(1 - p): (1 - alpha) p^gamma s, whose derivative is
-    (1 - alpha) p^gamma (gamma (1 - p) s + p).
+
+def _background_terms(
+    x: Tensor, factor: float, gamma: float, buffers: Tensor, grad: Tensor | None = None
+) -> Tensor:
+    """Focal loss of logits x (any shape) towards target 0; its derivative goes to ``grad``.
+
+    With p = sigmoid(x) and s = -log(1 - p): factor p^gamma s, whose derivative is
+    factor p^gamma (gamma (1 - p) s + p). The loss is one of the ``buffers``, (3, *x.shape).
     """
-    p = torch.sigmoid(x)
-    s = F.softplus(x, threshold=_SOFTPLUS_THRESHOLD)
-    modulator = (p * p if gamma == 2 else p**gamma).mul_(1 - alpha)
-    grad = torch.addcmul(s, s, p, value=-1).mul_(gamma).add_(p).mul_(modulator)
-    return modulator.mul_(s), grad
+    p, s, modulator = buffers
+    torch.sigmoid(x, out=p)
+    # log(exp(x) + exp(0)); exp, log and log1p would each start threads of MKL for every block.
+    torch.logaddexp(x, x.new_zeros(()), out=s)
+    torch.pow(p, gamma, out=modulator).mul_(factor)
+    if grad is not None:
+        torch.addcmul(s, s, p, value=-1, out=grad)
+        torch.add(p, grad, alpha=gamma, out=grad).mul_(modulator)
+    return modulator.mul_(s)
 
 
-def _positive_terms(x: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+def _positive_terms(x: Tensor, factor: float, gamma: float) -> tuple[Tensor, Tensor]:
     """Focal loss of logits x (P,) towards target 1, and its derivative.
 
-    The mirror of the background: target 1 at x is target 0 at -x, with alpha for 1 - alpha.
+    The mirror of the background: target 1 at x is target 0 at -x.
     """
-    loss, grad = _background_terms(-x, 1 - alpha, gamma)
+    grad = torch.empty_like(x)
+    loss = _background_terms(-x, factor, gamma, x.new_empty(3, *x.shape), grad)
     return loss, -grad
 
 
@@ -84,30 +95,39 @@ def positive_focal_loss(
     Args:
         logits: (M, K) float.
         targets: the positives of these logits.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives.
+        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
+            neither is weighted.
         gamma: focusing power >= 0.
 
     Returns:
         (P,) float32 (float64 for float64 logits).
     """
     x = logits[targets.rows, targets.classes].to(_compute_dtype(logits))
-    return _positive_terms(x, alpha, gamma)[0]
+    return _positive_terms(x, _class_factors(alpha)[0], gamma)[0]
 
 
-def _background_sum(logits: Tensor, alpha: float, gamma: float, grad: Tensor | None) -> Tensor:
-    """Sum of the background terms of all logits; their derivative goes to ``grad`` in passing."""
+def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor | None) -> Tensor:
+    """Sums (M,) of the background terms of each row; their derivative goes to ``grad``."""
     dtype = _compute_dtype(logits)
-    flat = logits.reshape(-1)
-    size = _CPU_BLOCK if logits.device.type == "cpu" else _BLOCK
-    sums = []
-    for start in range(0, flat.numel(), size):
-        block = flat[start : start + size]
-        loss, block_grad = _background_terms(block.to(dtype), alpha, gamma)
-        sums.append(loss.sum())
-        if grad is not None:
-            grad.view(-1)[start : start + size].copy_(block_grad)
-    # Summed in float64: with 10^7 and more small terms the order of blocks must not show.
-    return torch.stack(sums).double().sum() if sums else flat.new_zeros((), dtype=torch.float64)
+    sums = logits.new_empty(len(logits), dtype=dtype)
+    size = CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK
+    rows = min(max(size // max(logits.shape[1], 1), 1), max(len(logits), 1))
+
+    def work(blocks: Iterator[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        buffers = logits.new_empty(5, rows, logits.shape[1], dtype=dtype)
+        for x, row_sums, out in blocks:
+            own, (x_buffer, grad_buffer) = buffers[:3, : len(x)], buffers[3:, : len(x)]
+            # Half precision is converted block by block, on the way in and on the way out.
+            x = x if x.dtype == dtype else x_buffer.copy_(x)
+            block_grad = out if out is None or out.dtype == dtype else grad_buffer
+            torch.sum(_background_terms(x, factor, gamma, own, block_grad), dim=1, out=row_sums)
+            if out is not None and out.dtype != dtype:
+                out.copy_(grad_buffer)
+
+    grads = repeat(None) if grad is None else grad.split(rows)
+    blocks = list(zip(logits.split(rows), sums.split(rows), grads, strict=False))
+    run_in_threads(work, blocks, torch.get_num_threads() if logits.device.type == "cpu" else 1)
+    return sums
 
 
 def _focal_sum(
@@ -116,19 +136,23 @@ def _focal_sum(
     """Loss sum and, if asked for, its derivative with respect to logits (M, K)."""
     dtype = _compute_dtype(logits)
     rows, classes, ignored = targets
+    positive_factor, negative_factor = _class_factors(alpha)
     # Not float16: unscaled gradients would underflow there.
     out_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
     out = torch.empty(logits.shape, dtype=out_dtype, device=logits.device) if grad else None
-    total = _background_sum(logits, alpha, gamma, out)
+    sums = _background_rows(logits.detach(), negative_factor, gamma, out)
 
-    x = logits[rows, classes].to(dtype)
-    loss, loss_grad = _positive_terms(x, alpha, gamma)
-    total += (weights * loss).sum() - _background_terms(x, alpha, gamma)[0].sum()
-    total -= _background_terms(logits[ignored].to(dtype), alpha, gamma)[0].sum()
+    x = logits[rows].to(dtype)  # (P, K)
+    own = classes[:, None]
+    loss, loss_grad = _positive_terms(x.gather(1, own), positive_factor, gamma)
+    terms = _background_terms(x, negative_factor, gamma, x.new_empty(3, *x.shape))
+    sums[rows] = terms.scatter(1, own, weights[:, None].to(dtype) * loss).sum(dim=1)
+    sums[ignored] = 0
     if out is not None:
-        out[rows, classes] = (weights * loss_grad).to(out.dtype)
+        out[rows, classes] = (weights * loss_grad.squeeze(1)).to(out.dtype)
         out[ignored] = 0
-    return total.to(dtype), out
+    # In float64: with 10^5 and more rows the order of summation must not show.
+    return sums.double().sum().to(dtype), out
 
 
 @functools.cache
@@ -210,7 +234,8 @@ def weighted_focal_sum(
         logits: (M, K) float of any precision; the arithmetic is float32 (or float64).
         targets: positives and ignored rows of these logits.
         weights: (P,) float without gradient, in the order of ``targets.rows``.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives.
+        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
+            neither is weighted.
         gamma: focusing power >= 0.
 
     Returns:
@@ -227,7 +252,7 @@ def sigmoid_focal_loss(
     Args:
         logits: (M, K) float.
         labels: (M,) int64 class index; K is background, -1 ignored.
-        alpha: weight of the positives; 1 - alpha of the negatives.
+        alpha: weight of the positives; 1 - alpha of the negatives. Below 0 neither is weighted.
         gamma: focusing power >= 0.
 
     Returns:
@@ -254,7 +279,8 @@ def iou_balanced_sigmoid_focal_loss(
         logits: (M, K) float.
         labels: (M,) int64 class index; K is background, -1 ignored.
         iou: (P,) float, IoU of the positives' decoded boxes, in the order of their rows.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives.
+        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
+            neither is weighted.
         gamma: focusing power >= 0.
         eta: power >= 0 of eq. 2; 0 is the plain focal loss.
         group: (P,) int64 or None, see :func:`iou_balanced_cls_weights`.

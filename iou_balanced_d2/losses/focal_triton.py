@@ -39,8 +39,12 @@ def _load(logits, row_class, row_weight, size, alpha, K: tl.constexpr, BLOCK: tl
     positive = label == within % K
     weight = tl.load(row_weight + row, mask=mask & positive, other=0.0)
     sign = tl.where(positive, -1.0, 1.0)
-    factor = tl.where(positive, alpha * weight, 1.0 - alpha)
+    # A negative alpha weighs neither positives nor negatives.
+    positive_factor = tl.where(alpha < 0, 1.0, alpha)
+    negative_factor = tl.where(alpha < 0, 1.0, 1.0 - alpha)
+    factor = tl.where(positive, positive_factor * weight, negative_factor)
     factor = tl.where(label < 0, 0.0, factor)
+    x = tl.where(label < 0, 0.0, x)  # 0 * inf would be NaN
     return x * sign, sign, factor, offsets, mask
 
 
@@ -114,7 +118,7 @@ def focal_sum(
         classes: (P,) int64, its class.
         ignored: (I,) int64, rows that take no part.
         weights: (P,) float.
-        alpha: weight of the positives in the focal loss.
+        alpha: weight of the positives in the focal loss; below 0 nothing is weighted.
         gamma: focusing power.
 
     Returns:

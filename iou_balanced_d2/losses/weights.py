@@ -91,11 +91,11 @@ def iou_balanced_cls_weights(
     Raises:
         ValueError: if shapes differ or eta is negative.
     """
-    powered = _powered(iou, "eta", eta)
+    # In the loss's type: the scale of float64 losses can be beyond float32, and inf * 0 is NaN.
+    powered = _powered(iou.to(cls_loss.dtype), "eta", eta)
     if sums is None:
         sums = plain_and_balanced_sums(iou, cls_loss, power=eta, group=group)
-    # In the weights' own type: a scale beyond it would be infinite, and inf * 0 NaN.
-    scale = _sum_keeping_scale(sums[0].to(iou.dtype), sums[1].to(iou.dtype))
+    scale = _sum_keeping_scale(sums[0].to(powered.dtype), sums[1].to(powered.dtype))
     if group is not None:
         scale = scale[group]
     return torch.where(torch.isnan(scale), torch.ones_like(powered), powered * scale)

@@ -128,7 +128,7 @@ class IoUBalancedLoss(nn.Module):
         Args:
             anchors: L Boxes of R_l anchors.
             pred_logits: L tensors (N, R_l, K), any float precision.
-            gt_labels: N >= 1 tensors (R,) int64, class index; K is background, -1 ignored.
+            gt_labels: N tensors (R,) int64, class index; K is background, -1 ignored.
             pred_anchor_deltas: L tensors (N, R_l, 4).
             gt_boxes: N tensors (R, 4), the box matched to each anchor; read at positives only.
             extra_losses: further losses of the same positives, to be divided by the same number;
@@ -138,10 +138,10 @@ class IoUBalancedLoss(nn.Module):
             "loss_cls" and "loss_box_reg", float32 scalars, and the extra losses.
 
         Raises:
-            ValueError: without images, or if a label is above K.
+            ValueError: if a label is above K.
         """
         level_sizes = [len(level) for level in anchors]
-        positives = self._find_positives(gt_labels, level_sizes)
+        positives = find_positives(gt_labels, level_sizes, self.num_classes)
         flat_logits = [x.flatten(0, 1) for x in pred_logits]
         anchor = gather_anchors([level.tensor for level in anchors], positives)
         gt = gather_gt_boxes(gt_boxes, level_sizes, positives)
@@ -179,19 +179,6 @@ class IoUBalancedLoss(nn.Module):
         }
         divisor = self._divisor(sums).to(loss_cls.dtype)
         return {name: loss / divisor for name, loss in losses.items()}
-
-    def _find_positives(self, gt_labels: list[Tensor], level_sizes: list[int]) -> Positives:
-        if not gt_labels:
-            raise ValueError("no images: the losses need at least one")
-        positives = find_positives(gt_labels, level_sizes, self.num_classes)
-        # Before a GPU's own assertion, which ends the process without a reason.
-        classes = torch.cat([targets.classes for targets in positives.targets])
-        if len(classes) and (highest := int(classes.max())) >= self.num_classes:
-            raise ValueError(
-                f"label {highest} in the ground truth, but the detector's NUM_CLASSES (such as "
-                f"MODEL.RETINANET.NUM_CLASSES) is {self.num_classes}"
-            )
-        return positives
 
     @torch.no_grad()
     def _regressed_iou(self, deltas: Tensor, anchor: Tensor, gt: Tensor) -> Tensor:
@@ -277,7 +264,7 @@ class IoUBalancedLoss(nn.Module):
         storage = _event_storage()
         if storage is None:
             return
-        storage.put_scalar("num_pos_anchors", num_pos / num_images)
+        storage.put_scalar("num_pos_anchors", num_pos / max(num_images, 1))
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
             scalars = {
                 "mean_pos_iou": sums.iou / sums.num_pos,

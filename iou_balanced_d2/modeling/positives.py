@@ -41,23 +41,42 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
     """Index the positive and the ignored anchors of a batch.
 
     Args:
-        gt_labels: N tensors (R,) int64, class index of each anchor; ``num_classes`` is
+        gt_labels: N >= 0 tensors (R,) int64, class index of each anchor; ``num_classes`` is
             background, -1 ignored.
         level_sizes: L numbers of anchors, summing to R.
         num_classes: number of classes, K.
 
     Returns:
         the positives. Counting and indexing them is where the host waits for the device, once.
+
+    Raises:
+        ValueError: if a label is above K; a GPU would end the process without a reason.
     """
-    levels = torch.stack(gt_labels).split(level_sizes, dim=1)  # L of (N, R_l)
+    num_images = len(gt_labels)
+    no_labels = torch.zeros(0, sum(level_sizes), dtype=torch.int64)
+    stacked = torch.stack(gt_labels) if gt_labels else no_labels
+    levels = stacked.split(level_sizes, dim=1)  # L of (N, R_l)
     labels = torch.cat([x.reshape(-1) for x in levels])  # level by level, (N * R,)
     is_positive, is_ignored = (labels >= 0) & (labels != num_classes), labels < 0
-    level_rows = [len(gt_labels) * size for size in level_sizes]
+    level_rows = [num_images * size for size in level_sizes]
     blocks = (
-        torch.stack([x.view(len(gt_labels), -1).sum(dim=1) for x in mask.split(level_rows)])
+        torch.stack(
+            [
+                x.view(num_images, size).sum(dim=1)
+                for x, size in zip(mask.split(level_rows), level_sizes, strict=True)
+            ]
+        )
         for mask in (is_positive, is_ignored)
     )
-    counts = torch.stack([*blocks]).tolist()  # 2 x L x N
+    counted = torch.stack([*blocks])  # (2, L, N)
+    highest_label = labels.max() if len(labels) else labels.new_zeros(())
+    *flat, highest = torch.cat([counted.flatten(), highest_label[None]]).tolist()
+    if highest > num_classes:
+        raise ValueError(
+            f"label {highest} in the ground truth, but the detector's NUM_CLASSES (such as "
+            f"MODEL.RETINANET.NUM_CLASSES) is {num_classes}"
+        )
+    counts = torch.tensor(flat, dtype=torch.int64).view(counted.shape).tolist()
     positive, ignored = (
         mask.nonzero().squeeze(1).split([sum(block) for block in blocks])
         for mask, blocks in zip((is_positive, is_ignored), counts, strict=True)
@@ -107,4 +126,4 @@ def gather_gt_boxes(gt_boxes: list[Tensor], level_sizes: list[int], positives: P
         for i, rows in enumerate(target.rows.split(counts)):
             boxes.append(gt_boxes[i][rows + (start - i * size)])
         start += size
-    return torch.cat(boxes)
+    return torch.cat(boxes) if boxes else positives.image.new_zeros(0, 4, dtype=torch.float32)

@@ -4,11 +4,12 @@ from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..config import loss_options
 from ..losses import LossOptions
+from . import matching
 from .iou_balanced_loss import IoUBalancedLoss
 
 
@@ -16,7 +17,8 @@ from .iou_balanced_loss import IoUBalancedLoss
 class IoUBalancedRetinaNet(RetinaNet):
     """detectron2's RetinaNet with another ``losses()``: same parameters, same inference.
 
-    Its ``state_dict`` is RetinaNet's, so checkpoints load strictly both ways.
+    Anchors get the same labels, in less time and memory. Its ``state_dict`` is RetinaNet's, so
+    checkpoints load strictly both ways.
     """
 
     @configurable
@@ -42,6 +44,12 @@ class IoUBalancedRetinaNet(RetinaNet):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """RetinaNet's arguments and the options of ``MODEL.IOU_BALANCED``."""
         return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See :func:`.matching.label_anchors`; arguments and results are RetinaNet's."""
+        return matching.label_anchors(anchors, gt_instances, self.anchor_matcher, self.num_classes)
 
     def losses(
         self,

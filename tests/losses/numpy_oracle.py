@@ -10,11 +10,11 @@ def sigmoid_ce(x, target):
 
 
 def focal(x, target, alpha, gamma):
-    """Focal loss of one logit."""
-    p = 1.0 / (1.0 + np.exp(-x)) if x >= 0 else np.exp(x) / (1.0 + np.exp(x))
+    """Focal loss of one logit; a negative alpha weighs neither target."""
+    positive, negative = (alpha, 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
     if target == 1:
-        return alpha * (1.0 - p) ** gamma * sigmoid_ce(x, 1)
-    return (1.0 - alpha) * p**gamma * sigmoid_ce(x, 0)
+        return positive * sigmoid_ce(x, 1) * np.exp(-gamma * sigmoid_ce(x, 0))
+    return negative * sigmoid_ce(x, 0) * np.exp(-gamma * sigmoid_ce(x, 1))
 
 
 def cls_weights(iou, ce, eta, group=None):

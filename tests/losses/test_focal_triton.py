@@ -16,24 +16,28 @@ def compare(device):
     from iou_balanced_d2.losses import focal, focal_triton
 
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-        for gamma, rows, num_classes in ((2.0, 700, 7), (0.0, 5, 3), (2.5, 1, 1203), (2.0, 0, 4)):
+        for alpha, gamma, rows, num_classes in (
+            (0.25, 2.0, 700, 7), (-1.0, 2.0, 90, 7), (1.0, 0.0, 5, 3), (0.25, 2.5, 1, 1203),
+            (0.25, 2.0, 0, 4),
+        ):  # fmt: skip
             rng = torch.Generator().manual_seed(rows)
             logits = (torch.randn(rows, num_classes, generator=rng) * 4).to(dtype)
             if rows > 1:
                 logits[0], logits[1] = 80, -80
             labels = torch.randint(-1, num_classes + 1, (rows,), generator=rng)
+            logits[labels < 0] = float("inf")
             targets = focal.focal_targets(labels, num_classes)
             weights = torch.rand(len(targets.rows), generator=rng) * 3
             exact = logits.double().requires_grad_()
             expected = focal.weighted_focal_sum(
-                exact, targets, weights.double(), alpha=0.25, gamma=gamma
+                exact, targets, weights.double(), alpha=alpha, gamma=gamma
             )
             (expected * 0.01).backward()
 
             args = [x.to(device) for x in (logits, *targets, weights)]
-            loss = focal_triton.focal_sum(*args, 0.25, gamma)
+            loss = focal_triton.focal_sum(*args, alpha, gamma)
             scale = torch.tensor(0.01, device=device)
-            grad = focal_triton.focal_grad(*args, 0.25, gamma, scale)
+            grad = focal_triton.focal_grad(*args, alpha, gamma, scale)
             torch.testing.assert_close(loss.cpu().double(), expected.detach(), rtol=2e-6, atol=0)
             assert grad.dtype == dtype
             torch.testing.assert_close(grad.cpu().double(), exact.grad, rtol=tolerance, atol=1e-7)

@@ -319,14 +319,11 @@ def test_the_edges_of_the_plain_losses_keys_are_accepted():
     )
 
 
-def test_labels_above_the_number_of_classes_and_no_images_are_one_clear_error():
+def test_labels_above_the_number_of_classes_are_one_clear_error():
     anchors, logits, labels, deltas, gt = make_batch()
     labels[1][3] = K + 1
     with pytest.raises(ValueError, match=rf"label {K + 1} .* MODEL\.RETINANET\.NUM_CLASSES.* {K}"):
         make_loss()(anchors, logits, labels, deltas, gt)
-    empty = [x[:0] for x in logits], [x[:0] for x in deltas]
-    with pytest.raises(ValueError, match="no images"):
-        make_loss()(anchors, empty[0], [], empty[1], [])
 
 
 def test_loss_weights_are_factors_of_the_whole_losses():
@@ -349,3 +346,13 @@ def test_extra_losses_are_those_of_the_positives_divided_by_the_same_number():
     losses = make_loss(normalizer="batch")(*make_batch(), extra)
     assert list(losses) == ["loss_cls", "loss_box_reg", "loss_extra"]
     assert losses["loss_extra"] == 1
+
+
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
+def test_a_batch_of_no_images_has_a_loss_of_0_with_a_gradient(box_loss):
+    batch = make_batch(num_images=0, dtype=torch.float32)
+    with EventStorage(0):
+        losses = make_loss(box_reg_loss_type=box_loss)(*batch)
+    sum(losses.values()).backward()
+    assert all(x == 0 for x in losses.values())
+    assert all(x.grad.shape == x.shape for x in (*batch[1], *batch[3]))

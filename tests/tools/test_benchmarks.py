@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import benchmark_losses
@@ -68,6 +69,17 @@ def test_ratios_are_taken_within_a_round():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
+def test_the_machine_is_busy_only_within():
+    def children():
+        path = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+        return set(path.read_text().split())
+
+    before = children()
+    with benchmarking.busy_processes(2):
+        assert len(children() - before) == 2
+    assert children() == before
+
+
 def test_peak_memory_sees_what_is_freed_again():
     code = """
 import benchmarking, torch
@@ -97,8 +109,11 @@ def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("benchmark_losses.py", ["--quick", "--repeats", "1"]),
-        ("benchmark_step.py", ["--num-images", "1", "--height", "64", "--width", "64"]),
+        (
+            "benchmark_losses.py",
+            ["--images", "1", "--classes", "8", "--repeats", "1", "--busy", "1"],
+        ),
+        ("benchmark_step.py", ["--height", "64", "--width", "64", "--repeats", "1", "--busy"]),
         ("benchmark_evaluation.py", ["--images", "50"]),
     ],
 )
