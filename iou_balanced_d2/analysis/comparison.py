@@ -132,7 +132,7 @@ def compare_sides(
     by_side = [_side_values([next(values) for _ in side.runs]) for side in loaded]
     spread = spread_of_runs(by_side)
     first, *others = by_side
-    found = [differences(first, other, spread, weights.shape[1]) for other in others]
+    found = [differences(first, other, spread, weights) for other in others]
     return Comparison(
         metrics=metric_names(names),
         sides=[_result(side, v) for side, v in zip(loaded, by_side, strict=True)],
