@@ -169,7 +169,7 @@ def _variance_over_images(drawn: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _share(part: Array, whole: Array) -> Array:
-    """part / whole, at most 1; 1 where both are 0."""
+    """Part / whole, at most 1; 1 where both are 0."""
     share = np.divide(part, whole, out=np.ones_like(whole), where=whole > 0)
     return np.minimum(share, 1)
 
