@@ -91,8 +91,8 @@ def pool_effects(effects: Sequence[Effect]) -> Pooled:
 
     tau^2 is Paule and Mandel's (1982): the one with which the weighted squares about the mean sum
     to k - 1. With it, Hartung and Knapp's factor on the standard error is 1; where tau^2 is 0 the
-    factor would be less and is taken as 1, so that the interval, of t with k - 1 degrees of
-    freedom, is never shorter than that of the fixed effect with known errors. The fixed effect has
+    factor would be less and is taken as 1. t has k - 1 degrees of freedom, and the standard error
+    is not below that of the fixed effect. The fixed effect has
     Meier's (1953) correction for weights that are themselves estimated; from 6 sets with only 4
     degrees of freedom each, its interval holds the effect in 89 % of the cases.
 
@@ -114,10 +114,12 @@ def pool_effects(effects: Sequence[Effect]) -> Pooled:
     q = _q(0.0, y, v)
     tau2 = _tau_squared(y, v)
     value, error, weights = _weighted_mean(y, v + tau2)
+    fixed = _fixed_effect(y, v, freedom)
+    error = max(error, fixed.standard_error)
     spread = math.hypot(math.sqrt(tau2), error)
     prediction = _interval(value, spread, beyond - 1) if beyond > 1 else (math.nan, math.nan)
     return Pooled(
-        fixed=_fixed_effect(y, v, freedom),
+        fixed=fixed,
         random=_estimate(value, error, beyond),
         weights=tuple(weights.tolist()),
         q=q,

@@ -110,16 +110,22 @@ def drawn_differences(rng, num_runs, *, runs=0.0, settings=0.0, heavy_tails=Fals
 
 
 # Of 6000 comparisons, 3.7 to 6.3 % are found where the method finds 4.3 to 5.7 % (95 %).
-@pytest.mark.parametrize("heavy_tails", [False, True])
 @pytest.mark.parametrize(
-    ("num_runs", "runs", "settings"),
-    [(1, 0, 3), (2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 20, 3), (3, 0, 0), (3, 4, 1), (5, 0, 0)],
-)
+    ("num_runs", "runs", "settings", "heavy_tails"),
+    [
+        (1, 0, 0, False), (1, 0, 0, True), (1, 0, 3, False), (1, 0, 3, True), (2, 0, 0, False),
+        (2, 0, 1, False), (2, 0, 1, True), (2, 1, 0, False), (2, 1, 1, False), (2, 20, 3, False),
+        (3, 0, 0, False), (3, 1, 1, False), (3, 1, 1, True), (3, 20, 0, False), (5, 0, 0, False),
+        (5, 1, 1, False),
+    ],
+)  # fmt: skip
 def test_false_findings_of_means_over_images(num_runs, runs, settings, heavy_tails):
     rng = np.random.default_rng(0)
     case = {"runs": runs, "settings": settings, "heavy_tails": heavy_tails}
     found = drawn_differences(rng, num_runs, **case)
-    assert 0.037 <= np.mean([d.p < 0.05 for d in found]) <= 0.063
+    rate = np.mean([d.p < 0.05 for d in found])
+    print(f"{num_runs} runs, {case}: {rate:.1%}")
+    assert 0.037 <= rate <= 0.063
 
 
 @pytest.mark.parametrize(("num_runs", "runs"), [(1, 0), (3, 2)])
