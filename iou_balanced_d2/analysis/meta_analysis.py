@@ -92,9 +92,10 @@ def pool_effects(effects: Sequence[Effect]) -> Pooled:
     tau^2 is Paule and Mandel's (1982): the one with which the weighted squares about the mean sum
     to k - 1. With it, Hartung and Knapp's factor on the standard error is 1; where tau^2 is 0 the
     factor would be less and is taken as 1. t has k - 1 degrees of freedom, and the standard error
-    is not below that of the fixed effect. The fixed effect has
-    Meier's (1953) correction for weights that are themselves estimated; from 6 sets with only 4
-    degrees of freedom each, its interval holds the effect in 89 % of the cases.
+    is not below that of the fixed effect.
+
+    The fixed effect has Meier's (1953) correction for weights that are themselves estimated; from
+    6 sets with only 4 degrees of freedom each, its interval holds the effect in 89 % of the cases.
 
     Args:
         effects: of two data sets or more, all with a standard error above 0.
