@@ -1,5 +1,6 @@
 """Variants compared on several data sets: each set's differences, and the effect over all."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -146,25 +147,26 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror}") from error
-    files, parts = [], []
+    contents, parts = {}, []
     for against in found:
         title = f"{against.name} against {against.first}"
-        figure = forest_plot(title, against.effects, against.pooled)
-        file = folder / f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
-        write_atomically(file, lambda f, figure=figure: figure.savefig(f, format="png"))
+        picture = f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
+        buffer = io.BytesIO()
+        forest_plot(title, against.effects, against.pooled).savefig(buffer, format="png")
+        contents[picture] = buffer.getvalue()
         parts.append(
-            f"## {title}\n\n{against.verdict()}\n\n![{title}]({file.name})\n\n{against.table()}\n"
+            f"## {title}\n\n{against.verdict()}\n\n![{title}]({picture})\n\n{against.table()}\n"
         )
-        files.append(file)
-    content = {against.name: against.to_json() for against in found}
-    texts = {
-        "by_dataset.md": "\n".join(parts),
-        "by_dataset.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
-    }
-    for name, text in texts.items():
-        write_atomically(folder / name, lambda f, text=text: f.write(text.encode()))
-        files.append(folder / name)
-    return files
+    numbers = {against.name: against.to_json() for against in found}
+    contents["by_dataset.md"] = "\n".join(parts).encode()
+    contents["by_dataset.json"] = (json.dumps(numbers, indent=1, allow_nan=False) + "\n").encode()
+    for name, content in contents.items():
+        _write(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _write(file: Path, content: bytes) -> None:
+    write_atomically(file, lambda f: f.write(content))
 
 
 def compare_records(paths: Sequence[str | Path]) -> list[Against]:
