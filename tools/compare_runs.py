@@ -6,6 +6,11 @@ have a name. The first side is what the others are compared with. See docs/compa
 
 python tools/compare_runs.py output/baseline output/iou_balanced
 python tools/compare_runs.py 'base=output/base_seed*' 'both=output/both_seed*' --output report
+
+Of several data sets, one pooled effect with a forest plot; from records of runs, too:
+
+python tools/compare_runs.py --by-dataset 'base=output/*/base/*' 'both=output/*/both/*'
+python tools/compare_runs.py --by-dataset docs/evidence/*.json --output report
 """
 
 import argparse
@@ -15,7 +20,12 @@ import re
 import sys
 from pathlib import Path
 
-from iou_balanced_d2.analysis.comparison import Comparison, compare_sides, write_comparison
+from iou_balanced_d2.analysis.comparison import (
+    Comparison,
+    by_dataset,
+    compare_sides,
+    write_comparison,
+)
 from iou_balanced_d2.errors import UserError
 
 # isort: split
@@ -29,6 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ground-truth", action="append", default=[], metavar="NAME=FILE",
                         help="annotations in COCO's format, in place of the runs' data sets; may "
                         "be repeated")  # fmt: skip
+    parser.add_argument("--by-dataset", action="store_true", help="runs are of several data sets: "
+                        "compare on each, and pool; takes records of runs (JSON), too")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="folder of the report; none by default")
     parser.add_argument("--resamples", type=int, default=1000, help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling; default: 0")
@@ -90,9 +102,29 @@ def print_summary(comparison: Comparison) -> None:
     print("\n".join(comparison.verdicts()))
 
 
+def compare_by_dataset(args: argparse.Namespace) -> None:
+    if args.ground_truth:
+        raise UserError("--ground-truth names one data set: it can't be used with --by-dataset")
+    paths = [path for text in args.sides for path in parse_side(text)[1]]
+    if all(path.endswith(".json") for path in paths):
+        found = by_dataset.compare_records(paths)
+    else:
+        found = by_dataset.compare_runs_by_dataset(
+            sides_of(args.sides), resamples=args.resamples, seed=args.seed
+        )
+    for against in found:
+        print(f"{against.verdict()}\n\n{against.table()}\n")
+    if args.output:
+        by_dataset.write(found, args.output)
+        print(f"The report is {args.output}/by_dataset.md")
+
+
 def main() -> int:
     args = parse_arguments()
     try:
+        if args.by_dataset:
+            compare_by_dataset(args)
+            return 0
         comparison = compare_sides(
             sides_of(args.sides),
             ground_truth=ground_truth_of(args.ground_truth),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from iou_balanced_d2.analysis.comparison import compare_sides, write_comparison
+from iou_balanced_d2.analysis.comparison.by_dataset import METRICS
 from iou_balanced_d2.errors import UserError
 
 from ..analysis.drawn import draw_detections, draw_truth, write_run
@@ -191,3 +192,24 @@ def test_sides_of_the_command_line(tmp_path, monkeypatch):
     for text, message in (("none*", "no run fits 'none\\*'"), ("b=", "has no run")):
         with pytest.raises(UserError, match=message):
             compare_runs.parse_side(text)
+
+
+def test_records_of_several_data_sets_are_pooled(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for d in "ab":
+        for variant, gain in (("base", 0), ("both", 2)):
+            for seed in (1, 2, 3):
+                metrics = {m: 30 + gain + rng.normal(0, 0.2) for m in METRICS}
+                record = {"dataset": d, "variant": variant, "seed": seed, "metrics": metrics}
+                (tmp_path / f"{d}-{variant}-{seed}.json").write_text(json.dumps(record))
+    report = tmp_path / "report"
+    argv = ["compare_runs.py", "--by-dataset", f"{tmp_path}/*.json", "--output", str(report)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert compare_runs.main() == 0
+    out = capsys.readouterr().out
+    assert "both against base on 2 data sets" in out
+    assert "| **all, random effects** |" in out
+    assert (report / "forest_both.png").exists()
+    monkeypatch.setattr(sys, "argv", [*argv, "--ground-truth", "a=b"])
+    assert compare_runs.main() == 2
+    assert "--ground-truth" in capsys.readouterr().err

@@ -115,13 +115,31 @@ def compare_sides(
     return Comparison(
         metrics=metric_names(next(iter(truths.values())).classes),
         sides=[_result(name, loaded[name], values) for name, values in by_side.items()],
-        differences={
-            name: differences(first, other, spread, weights.shape[1]) for name, other in others
-        },
+        differences={name: differences(first, other, spread, weights) for name, other in others},
         datasets=datasets,
         resamples=resamples,
         seed=seed,
     )
+
+
+def run_metrics(path: str | Path) -> dict[str, float]:
+    """The metrics of one run, of all its data sets together.
+
+    Args:
+        path: see :func:`load_run`.
+
+    Returns:
+        AP, AP50, ... and of each class by name, in percent; NaN where there is no object.
+
+    Raises:
+        UserError: if files are missing or broken.
+    """
+    run = load_run(path)
+    truths = _read_ground_truths(run.ground_truth)
+    every_image = np.ones((1, sum(len(truth.images) for truth in truths.values())), np.int32)
+    values = metrics_of(resampled_ap(_matches(run, truths), every_image))[0]
+    names = metric_names(next(iter(truths.values())).classes)
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _result(name: str, runs: Sequence[Run], values: SideValues) -> SideResult:

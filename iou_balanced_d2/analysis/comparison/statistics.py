@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[Any]
 LEVEL = 0.05
 POWER = 0.8
-_ANGLES = 20001
+# The least squared standard error, as a share of the variance over the images.
+_LEAST_SHARE = 0.25
+# Satterthwaite's 2 is for many degrees of freedom. With the two of two runs a side it finds false
+# differences in 7.6 % where it promises 5 %, and 1 in 3.7 %; this in 4.3 to 5.8 %.
+_POWER_OF_RUNS = 1.25
 
 
 class SideValues(NamedTuple):
@@ -59,6 +64,7 @@ class Difference(NamedTuple):
         standard_error: of ``value``.
         freedom: degrees of freedom of the t distribution that ``low``, ``high`` and ``p`` are of.
         detectable: the smallest true difference that is found with 80 % power at the 5 % level.
+        of_images: the part of the squared ``standard_error`` that more runs would leave.
     """
 
     value: float
@@ -68,6 +74,7 @@ class Difference(NamedTuple):
     standard_error: float
     freedom: float
     detectable: float
+    of_images: float
 
 
 def spread_of_runs(sides: Sequence[SideValues]) -> Spread:
@@ -92,71 +99,85 @@ def spread_of_runs(sides: Sequence[SideValues]) -> Spread:
 
 
 def differences(
-    first: SideValues, other: SideValues, spread: Spread, num_images: int
+    first: SideValues, other: SideValues, spread: Spread, weights: Array
 ) -> list[Difference]:
     """Difference of two sides in each metric.
 
-    The squared standard error is the variance of the difference over the images drawn, runs as they
-    are, plus the runs' own variance, S^2 minus the part that is of images, over the number of runs
-    of each side; not less than the former. t has Satterthwaite's degrees of freedom.
+    The squared standard error is S^2 of the runs over their number, plus the variance over the
+    images drawn less the part of S^2 that is of images already. The reciprocal of t's degrees of
+    freedom is the sum of those of images and runs, each times its share of the variance; the share
+    of the runs to the power 1.25.
 
     Args:
         first: what is compared with.
         other: what is compared.
         spread: from :func:`spread_of_runs`.
-        num_images: of the test set.
+        weights: (B, N), how often each of N images was drawn.
 
     Returns:
         M differences; all fields NaN where a metric is undefined.
     """
     value = other.plain.mean(axis=0) - first.plain.mean(axis=0)
-    images = _variance(other.drawn.mean(axis=0) - first.drawn.mean(axis=0))
+    drawn = other.drawn.mean(axis=0) - first.drawn.mean(axis=0)
+    images, freedom_of_images = _variance_over_images(drawn, weights)
     share = 1 / len(first.plain) + 1 / len(other.plain)
-    variance = images + share * np.maximum(spread.variance - spread.of_images, 0)
-    doubt = images**2 / max(num_images - 1, 1)
-    if spread.freedom:
-        doubt = doubt + np.minimum(share * spread.variance, variance) ** 2 / spread.freedom
-    freedom = np.divide(variance**2, doubt, out=np.ones_like(doubt), where=doubt > 0)
-    return [_difference(*row) for row in zip(value, np.sqrt(variance), freedom, strict=True)]
+    runs = share * spread.variance
+    of_images = images - share * _small_sample(weights) * spread.of_images
+    # Few runs can lie close together by chance.
+    variance = np.maximum(of_images + runs, _LEAST_SHARE * images)
+    of_images = np.clip(of_images, 0, variance)
+    doubt = _share(images, variance) / freedom_of_images
+    doubt += _share(runs, variance) ** _POWER_OF_RUNS / max(spread.freedom, 1)
+    freedom = np.maximum(1 / doubt, 1)
+    error, t = np.sqrt(variance), stats.t(freedom)
+    reach = t.isf(LEVEL / 2) * error
+    errors_away = np.divide(abs(value), error, out=np.full_like(error, math.inf), where=error > 0)
+    p = np.where(value == 0, 1.0, 2 * t.sf(errors_away))
+    detectable = reach + t.ppf(POWER) * error
+    fields = (value, value - reach, value + reach, p, error, freedom, detectable, of_images)
+    columns = np.stack(fields, axis=1)
+    columns[np.isnan(value + error)] = np.nan
+    return [Difference(*row) for row in columns.tolist()]
 
 
-def _difference(value: float, error: float, freedom: float) -> Difference:
-    if math.isnan(value) or math.isnan(error):
-        return Difference(*[math.nan] * len(Difference._fields))
-    t = StudentT(max(freedom, 1.0))
-    reach = t.quantile(1 - LEVEL / 2) * error
-    if error > 0:
-        p = t.two_sided(value / error)
-    else:
-        p = 1.0 if value == 0 else 0.0
-    detectable = reach + t.quantile(POWER) * error
-    fields = (value, value - reach, value + reach, p, error, freedom, detectable)
-    return Difference(*map(float, fields))
+def _variance_over_images(drawn: Array, weights: Array) -> tuple[Array, Array]:
+    """Variance of a metric between test sets of N images, and its degrees of freedom.
+
+    The variance s^2 of N values is uncertain: Var(s^2) / s^4 = 2 / (N - 1) + excess / N, and
+    2 / degrees of freedom by Satterthwaite's definition. A metric's values are the images'
+    influences, Cov(metric, how often the image is drawn) (Efron's infinitesimal jackknife, 2014).
+
+    Args:
+        drawn: (B, M); NaN where undefined.
+        weights: (B, N).
+
+    Returns:
+        (M,) variance, NaN where it is defined in fewer than two draws; (M,) degrees of freedom.
+    """
+    num_draws, num_images = weights.shape
+    defined = ~np.isnan(drawn)
+    number = defined.sum(axis=0)
+    moved = np.where(defined, drawn - _mean(drawn, axis=0), 0)
+    variance = np.where(number > 1, (moved**2).sum(axis=0) / np.maximum(number - 1, 1), np.nan)
+    influence = (weights - 1.0).T @ moved / np.maximum(number, 1)
+    # The finite number of draws adds normal noise to it, which has no fourth cumulant.
+    fourth_cumulant = (influence**4).mean(axis=0) - 3 * (influence**2).mean(axis=0) ** 2
+    square = np.where(variance > 0, variance / num_images, np.inf) ** 2
+    excess = np.maximum(fourth_cumulant / square, 0)
+    reciprocal = 1 / max(num_images - 1, 1) + excess / (2 * num_images) + 1 / (num_draws - 1)
+    return variance * _small_sample(weights), 1 / reciprocal
 
 
-class StudentT:
-    """Student's t distribution, by its density cos^(n - 1) of the angle atan(t / sqrt n)."""
+def _share(part: Array, whole: Array) -> Array:
+    """Part / whole, at most 1; 1 where both are 0."""
+    share = np.divide(part, whole, out=np.ones_like(whole), where=whole > 0)
+    return np.minimum(share, 1)
 
-    def __init__(self, freedom: float):
-        """Tabulate the distribution.
 
-        Args:
-            freedom: n degrees of freedom, 1 or more; need not be whole.
-        """
-        self._scale = math.sqrt(freedom)
-        edges = np.linspace(-np.pi / 2, np.pi / 2, _ANGLES)
-        density = np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)
-        below = np.concatenate([[0], np.cumsum(density)])
-        self._angles, self._below = edges, below / below[-1]
-
-    def quantile(self, share: float) -> float:
-        """The t that a share of the distribution lies below."""
-        return self._scale * math.tan(np.interp(share, self._below, self._angles))
-
-    def two_sided(self, t: float) -> float:
-        """Share of the distribution that is as far from 0 as ``t`` or farther."""
-        angle = -math.atan(abs(t) / self._scale)
-        return min(1.0, 2 * float(np.interp(angle, self._angles, self._below)))
+def _small_sample(weights: Array) -> float:
+    """N / (N - 1): a bootstrap's variance is that of N values about their own mean."""
+    num_images = weights.shape[1]
+    return num_images / max(num_images - 1, 1)
 
 
 def verdict(name: str, first: str, difference: Difference) -> str:
@@ -186,14 +207,6 @@ def format_p(p: float) -> str:
     if p < 0.0005:
         return "< .001"
     return f"{p:.3f}".removeprefix("0") if p < 0.9995 else "1"
-
-
-def _variance(drawn: Array) -> Array:
-    """(M,) variance over the draws (B, M) in which a metric is defined; NaN for fewer than two."""
-    defined = ~np.isnan(drawn)
-    number = defined.sum(axis=0)
-    moved = np.where(defined, drawn - _mean(drawn, axis=0), 0)
-    return np.where(number > 1, (moved**2).sum(axis=0) / np.maximum(number - 1, 1), np.nan)
 
 
 def _mean(values: Array, axis: int) -> Array:

@@ -1,4 +1,4 @@
-"""Student's t by tables; intervals that hold what they promise."""
+"""Intervals that hold what they promise."""
 
 import math
 
@@ -10,7 +10,6 @@ from iou_balanced_d2.analysis.comparison.matches import Outcomes, pool
 from iou_balanced_d2.analysis.comparison.statistics import (
     Difference,
     SideValues,
-    StudentT,
     differences,
     format_p,
     spread_of_runs,
@@ -18,26 +17,16 @@ from iou_balanced_d2.analysis.comparison.statistics import (
 )
 
 
-@pytest.mark.parametrize(
-    ("freedom", "share", "t"),
-    [
-        (1, 0.975, 12.706), (2, 0.975, 4.3027), (4, 0.975, 2.7764), (10, 0.975, 2.2281),
-        (30, 0.995, 2.7500), (5000, 0.975, 1.9604), (4, 0.8, 0.94096), (3, 0.5, 0.0),
-    ],
-)  # fmt: skip
-def test_t_by_the_tables(freedom, share, t):
-    distribution = StudentT(freedom)
-    assert distribution.quantile(share) == pytest.approx(t, rel=1e-3, abs=1e-3)
-    assert distribution.two_sided(-t) == pytest.approx(2 * (1 - share), rel=1e-3)
-
-
 def side(plain, drawn):
     """Values of one metric: plain (S), drawn (S, B)."""
     return SideValues(np.array(plain, float)[:, None], np.array(drawn, float)[..., None])
 
 
-def one(first, other, num_images=10_000):
-    return differences(first, other, spread_of_runs([first, other]), num_images)[0]
+def one(first, other, weights=None):
+    """The difference; without weights, as of so many images that they leave no doubt."""
+    if weights is None:
+        weights = np.ones((first.drawn.shape[1], 10_000), np.int32)
+    return differences(first, other, spread_of_runs([first, other]), weights)[0]
 
 
 def test_the_same_run_does_not_differ():
@@ -76,7 +65,7 @@ def test_undefined_metrics_stay_undefined():
 
 
 def test_verdicts():
-    d = Difference(1.3, 0.4, 2.2, 0.004, 0.45, 900, 1.26)
+    d = Difference(1.3, 0.4, 2.2, 0.004, 0.45, 900, 1.26, 0.2)
     assert verdict("both", "base", d) == "both beats base: AP +1.3 [0.4, 2.2], p .004."
     worse = d._replace(value=-1.3, low=-2.2, high=-0.4)
     assert "both is worse than base: AP -1.3 [-2.2, -0.4]" in verdict("both", "base", worse)
@@ -84,6 +73,87 @@ def test_verdicts():
     assert "no difference could be shown" in unclear
     assert "a difference under 2.1 AP could not have been detected" in unclear
     assert [format_p(p) for p in (0.0001, 0.05, 1.0, float("nan"))] == ["< .001", ".050", "1", "–"]
+
+
+def values_of_images(rng, shape, *, heavy_tails):
+    """Of variance 1; with heavy tails a few images decide, as where objects are rare."""
+    return rng.standard_t(4, shape) / 2**0.5 if heavy_tails else rng.normal(0, 1, shape)
+
+
+def drawn_differences(rng, num_runs, *, runs=0.0, settings=0.0, heavy_tails=False, gain=0.0):
+    """Differences of two sides in 6000 metrics, each the mean of a value of 60 images.
+
+    Args:
+        rng: source of randomness.
+        num_runs: of each side.
+        runs: variance of a run on all images, over the variance that images alone give it.
+        settings: variance of what sets the sides apart on single images, likewise.
+        heavy_tails: of the images' values.
+        gain: true difference, in standard deviations of a run by images alone.
+    """
+    num_images, num_metrics = 60, 6000
+    weights = draw_images(num_images, 200, rng)
+    sides = []
+    for mean in (0, gain):
+        shape = (num_images, num_metrics)
+        own = settings**0.5 * values_of_images(rng, shape, heavy_tails=heavy_tails)
+        plain, drawn = [], []
+        for _ in range(num_runs):
+            values = own + values_of_images(rng, shape, heavy_tails=heavy_tails)
+            values += mean / num_images**0.5 + (runs / num_images) ** 0.5 * rng.normal(
+                0, 1, num_metrics
+            )
+            plain.append(values.mean(axis=0))
+            drawn.append(weights @ values / num_images)
+        sides.append(SideValues(np.array(plain), np.array(drawn)))
+    return differences(*sides, spread_of_runs(sides), weights)
+
+
+# Of 6000 comparisons, 3.7 to 6.3 % are found where the method finds 4.3 to 5.7 % (95 %).
+@pytest.mark.parametrize(
+    ("num_runs", "runs", "settings", "heavy_tails"),
+    [
+        (1, 0, 0, False), (1, 0, 0, True), (1, 0, 3, False), (1, 0, 3, True), (2, 0, 0, False),
+        (2, 0, 1, False), (2, 0, 1, True), (2, 1, 0, False), (2, 1, 1, False), (2, 20, 3, False),
+        (3, 0, 0, False), (3, 1, 1, False), (3, 1, 1, True), (3, 20, 0, False), (5, 0, 0, False),
+        (5, 1, 1, False),
+    ],
+)  # fmt: skip
+def test_false_findings_of_means_over_images(num_runs, runs, settings, heavy_tails):
+    rng = np.random.default_rng(0)
+    case = {"runs": runs, "settings": settings, "heavy_tails": heavy_tails}
+    found = drawn_differences(rng, num_runs, **case)
+    rate = np.mean([d.p < 0.05 for d in found])
+    print(f"{num_runs} runs, {case}: {rate:.1%}")
+    assert 0.037 <= rate <= 0.063
+
+
+@pytest.mark.parametrize(("num_runs", "runs"), [(1, 0), (3, 2)])
+def test_what_is_detectable_is_found_in_four_of_five_cases(num_runs, runs):
+    rng = np.random.default_rng(0)
+    known = drawn_differences(rng, num_runs, runs=runs)
+    gain = 60**0.5 * np.mean([d.detectable**2 for d in known]) ** 0.5
+    found = drawn_differences(rng, num_runs, runs=runs, gain=gain)
+    assert 0.75 <= np.mean([d.p < 0.05 for d in found]) <= 0.85
+
+
+def test_few_images_that_decide_leave_few_degrees_of_freedom():
+    rng = np.random.default_rng(0)
+    weights = draw_images(500, 1000, rng)
+    rare, common = np.zeros(500), rng.normal(0, 1, 500)
+    rare[:5] = 1
+    drawn = np.stack([weights @ rare, weights @ common], axis=1)[None]
+    zero = SideValues(np.zeros((1, 2)), np.zeros_like(drawn))
+    sides = zero, SideValues(np.ones((1, 2)), drawn)
+    of_rare, of_common = differences(*sides, spread_of_runs(sides), weights)
+    assert of_rare.freedom == pytest.approx(10, rel=0.3)  # twice the images that decide
+    assert of_common.freedom > 250
+
+
+def test_runs_that_lie_together_by_chance_do_not_make_a_difference_certain():
+    drawn = np.random.default_rng(0).normal(30, 1, (4, 500))
+    d = one(side([30, 30], drawn[:2]), side([31, 31], drawn[2:] + 1))
+    assert d.standard_error == pytest.approx(0.5, rel=0.1)  # half of what images make it
 
 
 def draw_run(rng, objects, ease, quality):
@@ -111,23 +181,34 @@ def values_of(runs, weights):
     return side([p[0] for p in plain], drawn)
 
 
-def compare_drawn(rng, num_runs, *, spread, gain, resamples, num_images):
-    """Compare two sides of drawn runs whose quality differs by ``gain``."""
+def compare_drawn(rng, num_runs, *, spread, gain, interaction, resamples, num_images):
+    """Compare two sides of drawn runs.
+
+    Args:
+        rng: source of randomness.
+        num_runs: of each side.
+        spread: standard deviation of the quality of a side's runs.
+        gain: difference of the sides' mean quality.
+        interaction: standard deviation of what sets a side's runs apart on a single image.
+        resamples: how often images are drawn.
+        num_images: of the test set.
+    """
     objects = np.repeat(np.arange(num_images), rng.integers(0, 5, num_images)).astype(np.int32)
     ease = rng.normal(0, 0.5, num_images)
     weights = draw_images(num_images, resamples, rng)
     sides = []
     for shift in (0, gain):
         qualities = 1.2 + shift + rng.normal(0, spread, num_runs)
-        runs = [draw_run(rng, objects, ease, q) for q in qualities]
+        own = ease + rng.normal(0, interaction, num_images)
+        runs = [draw_run(rng, objects, own, q) for q in qualities]
         sides.append(values_of(runs, weights))
-    return one(*sides, num_images)
+    return one(*sides, weights)
 
 
-def rate_of_findings(comparisons, num_runs, *, spread=0.0, gain=0.0, resamples=150, num_images=60):
+def rate_of_findings(comparisons, num_runs, **case):
     """Share of drawn comparisons with p < .05."""
     rng = np.random.default_rng(num_runs)
-    case = {"spread": spread, "gain": gain, "resamples": resamples, "num_images": num_images}
+    case = {"spread": 0, "gain": 0, "interaction": 0, "resamples": 150, "num_images": 60} | case
     found = [compare_drawn(rng, num_runs, **case).p < 0.05 for _ in range(comparisons)]
     return float(np.mean(found))
 
@@ -164,5 +245,6 @@ def test_pairing_shrinks_the_interval():
 def test_false_findings_thoroughly(num_runs, spread):
     rate = rate_of_findings(2000, num_runs, spread=spread, resamples=300)
     print(f"{num_runs} runs, spread {spread}: {rate:.2%} of 2000")
-    # Runs that differ by images alone are found different less often than promised.
-    assert (0.035 if num_runs == 1 else 0.005) <= rate <= 0.07
+    # At 5 %, 3.5 to 6.5 % are found in 99.8 % of the cases. Two runs that differ by images alone
+    # are found different less often: they can't tell that the runs add nothing.
+    assert (0.02 if (num_runs, spread) == (2, 0) else 0.035) <= rate <= 0.065

@@ -1,0 +1,335 @@
+"""Variants compared on several data sets: each set's differences, and the effect over all."""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from ...errors import UserError
+from ...files import write_atomically
+from .compare import compare_sides
+from .forest_plot import forest_plot
+from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
+from .runs import load_run
+from .statistics import LEVEL, Difference, format_p
+
+METRICS = ("AP", "AP50", "AP75", "AP85", "AP90")
+# The gain in AP whose number of seeds is told: the least that the paper reports.
+_GAIN = 1.0
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Against:
+    """One variant against the first.
+
+    Attributes:
+        name: of the variant.
+        first: what it is compared with.
+        effects: metric -> effects of the k data sets; NaN where undefined.
+        pooled: metric -> the effect over the data sets; those where fewer than two tell one lack.
+    """
+
+    name: str
+    first: str
+    effects: dict[str, list[Effect]]
+    pooled: dict[str, Pooled] = field(init=False)
+
+    def __post_init__(self) -> None:
+        usable = {m: [e for e in found if tells(e)] for m, found in self.effects.items()}
+        pooled = {m: pool_effects(found) for m, found in usable.items() if len(found) > 1}
+        object.__setattr__(self, "pooled", pooled)
+
+    def verdict(self) -> str:
+        """What the pooled difference in AP says."""
+        effects = [e for e in self.effects["AP"] if tells(e)]
+        if "AP" not in self.pooled:
+            return f"{self.name} against {self.first}: too few data sets tell a difference in AP."
+        random, fixed = self.pooled["AP"].random, self.pooled["AP"].fixed
+        found = "no difference could be shown"
+        if random.p < LEVEL:
+            found = "better" if random.value > 0 else "worse"
+        seeds = seeds_needed(_GAIN, effects) if max(e.num_runs for e in effects) > 1 else None
+        needed = (
+            f"+{_GAIN} AP on these data sets takes {seeds} seeds of each variant"
+            if seeds
+            else f"more seeds alone don't make +{_GAIN} AP detectable on these data sets"
+        )
+        return (
+            f"{self.name} against {self.first} on {len(effects)} data sets: {found}: AP "
+            f"{_cell(random)}, p {format_p(random.p)} (random effects; on these sets alone, fixed "
+            f"effect: {_cell(fixed)}). Less than {random.detectable:.1f} AP could not have been "
+            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power); {needed}."
+        )
+
+    def table(self) -> str:
+        """Differences as Markdown, one row a data set, and the pooled ones below."""
+        rows = [
+            [sets[0].name, *(_effect_cell(e) for e in sets)]
+            for sets in zip(*self.effects.values(), strict=True)
+        ]
+        pooled = [self.pooled.get(metric) for metric in self.effects]
+        for name, text in _POOLED_ROWS.items():
+            rows.append([name, *("–" if p is None else text(p) for p in pooled)])
+        align = ["left", *["right"] * len(pooled)]
+        headers = ["data set", *self.effects]
+        escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+        return tabulate(escaped, headers, "pipe", colalign=align, disable_numparse=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers; null where undefined."""
+        return {
+            metric: {
+                "data_sets": [_named(e) for e in found],
+                "pooled": _named(self.pooled[metric]) if metric in self.pooled else None,
+            }
+            for metric, found in self.effects.items()
+        }
+
+
+def tells(effect: Effect) -> bool:
+    """Whether there is a difference with an error: not so where no run finds anything."""
+    return math.isfinite(effect.value) and effect.standard_error > 0
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
+def _effect_cell(effect: Effect) -> str:
+    if not tells(effect):
+        return "–"
+    low, high = effect.interval()
+    return f"{effect.value:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+_POOLED_ROWS = {
+    "**all, random effects**": lambda p: f"**{_cell(p.random)}**",
+    "all, fixed effect": lambda p: _cell(p.fixed),
+    "I², τ": lambda p: f"{100 * p.i_squared:.0f} %, {p.tau:.1f}",
+    "Q (p)": lambda p: f"{p.q:.1f} ({format_p(p.q_p)})",
+    "another data set, 95 %": lambda p: (
+        "–" if math.isnan(p.prediction[0]) else "[{:.1f}, {:.1f}]".format(*p.prediction)
+    ),
+}
+
+
+def _named(values: Any) -> Any:
+    """Named tuples as objects, undefined and infinite numbers as null."""
+    if hasattr(values, "_asdict"):
+        return {key: _named(value) for key, value in values._asdict().items()}
+    if isinstance(values, tuple):
+        return [_named(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
+    """Write ``by_dataset.md``, ``by_dataset.json`` and a forest plot of each variant.
+
+    Args:
+        found: from :func:`compare_records` or :func:`compare_runs_by_dataset`.
+        folder: made if absent.
+
+    Returns:
+        the files.
+
+    Raises:
+        UserError: if they can't be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror}") from error
+    contents, parts = {}, []
+    for against in found:
+        title = f"{against.name} against {against.first}"
+        picture = f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
+        buffer = io.BytesIO()
+        forest_plot(title, against.effects, against.pooled).savefig(buffer, format="png")
+        contents[picture] = buffer.getvalue()
+        parts.append(
+            f"## {title}\n\n{against.verdict()}\n\n![{title}]({picture})\n\n{against.table()}\n"
+        )
+    numbers = {against.name: against.to_json() for against in found}
+    contents["by_dataset.md"] = "\n".join(parts).encode()
+    contents["by_dataset.json"] = (json.dumps(numbers, indent=1, allow_nan=False) + "\n").encode()
+    for name, content in contents.items():
+        _write(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _write(file: Path, content: bytes) -> None:
+    write_atomically(file, lambda f: f.write(content))
+
+
+def compare_records(paths: Sequence[str | Path]) -> list[Against]:
+    """Compare the variants of runs whose records are at hand, without their detections.
+
+    The uncertainty of a data set is that of seeds: a seed's runs of all variants have the same data
+    in the same order, so a difference is the mean over the seeds that both variants have. Its error
+    is the spread that is left once each variant and each seed has its own mean (two-way analysis of
+    variance of all variants). Other test images would differ by more; between data sets they do,
+    and that is in the random effects.
+
+    Args:
+        paths: JSON files of :mod:`iou_balanced_d2.experiments.evidence`, or any with "dataset",
+            "variant", "seed" and "metrics" (AP, AP50, AP75, AP85, AP90). The first one's variant
+            is what the others are compared with.
+
+    Returns:
+        each other variant against the first.
+
+    Raises:
+        UserError: if a file is broken, or there are fewer than two variants, data sets or seeds.
+    """
+    runs: dict[str, dict[str, dict[int, Metrics]]] = {}
+    variants: dict[str, None] = {}
+    for path in paths:
+        record = _read_record(path)
+        variant, seed = record["variant"], record["seed"]
+        seeds = runs.setdefault(record["dataset"], {}).setdefault(variant, {})
+        if seed in seeds:
+            raise UserError(
+                f"{path}: a second record of {record['dataset']}, {variant}, seed {seed}"
+            )
+        seeds[seed] = record["metrics"]
+        variants[variant] = None
+    first, *others = variants
+    found = {
+        other: {
+            dataset: _paired_effects(dataset, by_variant, first, other)
+            for dataset, by_variant in runs.items()
+            if first in by_variant and other in by_variant
+        }
+        for other in others
+    }
+    return _against(first, found)
+
+
+def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> list[Against]:
+    """Of variant -> data set -> effects in the order of METRICS."""
+    if not found:
+        raise UserError("nothing to compare with: runs of two variants or more are needed")
+    for name, by_dataset in found.items():
+        if len(by_dataset) < 2:
+            raise UserError(
+                f"{name} and {first} have {len(by_dataset) or 'no'} data set in common: two or "
+                "more are needed"
+            )
+    return [
+        Against(
+            name,
+            first,
+            dict(zip(METRICS, map(list, zip(*sets.values(), strict=True)), strict=True)),
+        )
+        for name, sets in found.items()
+    ]
+
+
+def _read_record(path: str | Path) -> dict[str, Any]:
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from error
+    kinds = {"dataset": str, "variant": str, "seed": int, "metrics": dict}
+    for key, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise UserError(f"{path}: not the record of a run: {key!r} is no {kind.__name__}")
+    for metric in METRICS:
+        if not isinstance(record["metrics"].get(metric, ""), int | float | None):  # "": missing
+            raise UserError(f"{path}: not the record of a run: metric {metric} is no number")
+    return record
+
+
+def _paired_effects(
+    dataset: str, runs: Mapping[str, Mapping[int, Metrics]], first: str, other: str
+) -> list[Effect]:
+    seeds = sorted(runs[first].keys() & runs[other].keys())
+    if len(seeds) < 2:
+        raise UserError(
+            f"{dataset}: {first} and {other} have {len(seeds) or 'no'} seed in common: two or more "
+            "are needed"
+        )
+    effects = []
+    for metric in METRICS:
+        values = {name: [_value(runs[name][s], metric) for s in seeds] for name in (first, other)}
+        value = float(np.mean(values[other]) - np.mean(values[first]))
+        square, freedom = _residual_square(runs, metric)
+        error = math.sqrt(2 * square / len(seeds))
+        effects.append(Effect(dataset, value, error, freedom, len(seeds)))
+    return effects
+
+
+def _value(metrics: Metrics, metric: str) -> float:
+    value = metrics[metric]
+    return math.nan if value is None else float(value)
+
+
+def _residual_square(runs: Mapping[str, Mapping[int, Metrics]], metric: str) -> tuple[float, int]:
+    """Mean square that variants and seeds leave, and its degrees of freedom."""
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    rows, values = [], []
+    for v, by_seed in enumerate(runs.values()):
+        for seed, metrics in by_seed.items():
+            rows.append([*np.eye(len(runs))[v], *np.eye(len(seeds))[seeds.index(seed)]])
+            values.append(_value(metrics, metric))
+    design, y = np.array(rows), np.array(values)
+    if np.isnan(y).any():
+        return math.nan, 1
+    solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    freedom = len(y) - int(rank)
+    square = float(((y - design @ solution) ** 2).sum()) / max(freedom, 1)
+    # Equal numbers leave a remainder of rounding.
+    return (square if square > 1e-12 else 0.0), freedom
+
+
+def compare_runs_by_dataset(
+    sides: Mapping[str, Sequence[str]], *, resamples: int = 1000, seed: int = 0
+) -> list[Against]:
+    """Compare sides whose runs are of several data sets, by their detections.
+
+    The uncertainty of a data set is that of its images and of the runs, as in
+    :func:`~iou_balanced_d2.analysis.comparison.compare_sides`.
+
+    Args:
+        sides: name -> OUTPUT_DIRs; which data set a run is of, its config says.
+        resamples: how often images are drawn.
+        seed: of the drawing.
+
+    Returns:
+        each other side against the first.
+
+    Raises:
+        UserError: if files are missing or do not fit together, or there are fewer than two sides or
+            data sets.
+    """
+    runs: dict[str, dict[str, list[str]]] = {}
+    for name, paths in sides.items():
+        for run in map(load_run, paths):
+            dataset = " + ".join(run.ground_truth)
+            runs.setdefault(dataset, {}).setdefault(name, []).append(run.path)
+    first, *others = sides
+    found: dict[str, dict[str, list[Effect]]] = {name: {} for name in others}
+    for dataset, by_side in runs.items():
+        if first not in by_side or len(by_side) < 2:
+            continue
+        ordered = {name: by_side[name] for name in sides if name in by_side}
+        comparison = compare_sides(ordered, resamples=resamples, seed=seed)
+        columns = [comparison.metrics.index(metric) for metric in METRICS]
+        for name, differences in comparison.differences.items():
+            num_runs = min(len(by_side[first]), len(by_side[name]))
+            found[name][dataset] = [_effect(dataset, differences[c], num_runs) for c in columns]
+    return _against(first, found)
+
+
+def _effect(dataset: str, d: Difference, num_runs: int) -> Effect:
+    return Effect(dataset, d.value, d.standard_error, d.freedom, num_runs, d.of_images)

@@ -1,0 +1,105 @@
+"""The record of a finished run: one small JSON file, without detections, weights or paths.
+
+::
+
+    {"dataset": "pcb", "variant": "both", "seed": 3,
+     "metrics": {"AP": 31.2, "AP50": 60.1, ..., "AP95": 0.4, "APs": ..., "APm": ..., "APl": ...},
+     "classes": {"open": 28.1, ...},           # AP of each class; null where there is no object
+     "measured": {"iou_balanced/w_loc": 2.1, "score_iou_correlation": 0.4, ...},
+     "iterations": 450, "seconds": 431.5, "config": "<SHA-256>", "versions": {...},
+     "hardware": {...}}
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..analysis.comparison.compare import run_metrics
+from ..errors import UserError
+from ..files import write_atomically
+from .results import measures
+from .runs import Run
+
+# What differs between machines, or between the runs of a variant.
+_NOT_OF_THE_SETTING = {
+    ("OUTPUT_DIR",), ("SEED",), ("MODEL", "WEIGHTS"), ("DATASETS", "COCO_JSON"),
+}  # fmt: skip
+
+
+def record_of(folder: str | Path) -> dict[str, Any]:
+    """The record of a run of an experiment.
+
+    Args:
+        folder: of a complete run, with ``run.json``, ``config.yaml``, ``metrics.json`` and the
+            detections on DATASETS.TEST, which AP is computed from (all sets pooled).
+
+    Returns:
+        see the module's docstring.
+
+    Raises:
+        UserError: if the run is not complete, or a file is missing or broken.
+    """
+    folder = Path(folder)
+    run = Run(name="", folder=folder, config=folder, settings={})
+    record = run.record
+    names = str(record.get("name", "")).split("/")
+    if not run.complete or len(names) != 3:
+        raise UserError(f"{folder / 'run.json'}: not of a complete run <data set>/<variant>/<seed>")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    metrics = {
+        name: None if math.isnan(value) else round(value, 4)
+        for name, value in run_metrics(folder).items()
+    }
+    return {
+        "dataset": names[0],
+        "variant": names[1],
+        "seed": config.get("SEED", record["settings"].get("SEED")),
+        "metrics": {k: v for k, v in metrics.items() if not k.startswith("AP-")},
+        "classes": {k[3:]: v for k, v in metrics.items() if k.startswith("AP-")},
+        "measured": measures(run),
+        "iterations": config.get("SOLVER", {}).get("MAX_ITER"),
+        "seconds": round(record["seconds"], 1),
+        "config": digest(config),
+        "versions": record.get("versions", {}),
+        "hardware": record.get("hardware", {}),
+    }
+
+
+def digest(config: dict[str, Any]) -> str:
+    """SHA-256 of a setting: of its config without seed, and without paths of the machine."""
+
+    def setting(node: Any, path: Sequence[str] = ()) -> Any:
+        if not isinstance(node, dict):
+            return node
+        inner = {key: (*path, key) for key in node}
+        return {k: setting(node[k], p) for k, p in inner.items() if p not in _NOT_OF_THE_SETTING}
+
+    text = json.dumps(setting(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_record(folder: str | Path, evidence: str | Path) -> Path:
+    """Write the record of a run to ``<evidence>/<dataset>-<variant>-seed<n>.json``.
+
+    Args:
+        folder: see :func:`record_of`.
+        evidence: the folder of records, made if absent.
+
+    Returns:
+        the file.
+
+    Raises:
+        UserError: as of :func:`record_of`, or if it can't be written.
+    """
+    record = record_of(folder)
+    name = f"{record['dataset']}-{record['variant']}-seed{record['seed']}.json"
+    file = Path(evidence, name.replace("/", "_").replace(" ", "_"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write_atomically(file, lambda f: f.write(text.encode()))
+    return file
