@@ -14,10 +14,9 @@ import torch
 
 T = TypeVar("T")
 
-# Elements of a block. Below 2^15, PyTorch's grain, an operation stays on the thread that calls it;
-# a few temporaries of this size fit a core's cache, and calling an operator is still cheap beside
-# its work.
-CPU_BLOCK = 1 << 14
+# Elements of a block: as many as an operation handles on the thread that calls it. From 2^15 on,
+# PyTorch's grain, it would start threads of its own.
+CPU_BLOCK = (1 << 15) - 1
 
 
 def run_in_threads(work: Callable[[Iterator[T]], None], blocks: list[T], num_threads: int) -> None:
