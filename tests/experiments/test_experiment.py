@@ -101,6 +101,18 @@ def test_a_run_that_broke_is_named_and_goes_on(experiment, tmp_path):
     assert calls(tmp_path / "runs/set/loc/seed1") == ["started"]
 
 
+def test_what_needs_a_broken_run_is_left_out_and_the_rest_is_run(experiment, tmp_path):
+    variants = {
+        "bad": {WEIGHT: 666.0},
+        "control": {WEIGHT: MeanOf(SCALAR, "bad")},
+        "good": {},
+    }
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        experiment(variants=variants).carry_out()
+    assert not (tmp_path / "runs/set/control").exists()
+    assert calls(tmp_path / "runs/set/good/seed2") == ["started"]
+
+
 def test_a_run_with_other_settings_is_not_mixed_in(experiment):
     experiment().carry_out()
     with pytest.raises(UserError, match=r"seed1 holds a run with other settings .*delete it, or"):
