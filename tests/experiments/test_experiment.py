@@ -78,6 +78,7 @@ def test_each_run_is_made_once_in_a_folder_of_its_own(experiment, tmp_path, caps
     assert record["command"][1:3] == [str(FAKE), "--config-file"]
     assert record["versions"].keys() >= {"torch", "detectron2"}
     assert record["seconds"] > 0
+    assert record["cpu_seconds"] > 0
     assert record["peak_memory_mib"] > 1
     experiment().carry_out()
     assert calls(folder) == ["started"], "a complete run is skipped"
