@@ -43,19 +43,26 @@ class Experiment:
         Raises:
             UserError: if runs have failed, naming them, after all others are through.
         """
-        data_sets = {name: self._judged_by(name) for name in self.protocol.data_sets}
-        chosen = {name: self._choose(name) for name in data_sets}
-        runs: dict[str, dict[str, list[Run]]] = {name: {} for name in data_sets}
-        # First the variants that need no other one's numbers.
-        for dependent in (False, True):
-            for name, base in data_sets.items():
-                for variant, settings in self.protocol.variants.items():
-                    if bool(references(settings)) == dependent:
-                        runs[name][variant] = [
-                            self._run(name, variant, seed, base | chosen[name], runs[name])
-                            for seed in self.protocol.seeds
-                        ]
-            self._execute(_seed_by_seed(runs))
+        bases = {n: self._judged_by(n) | self._choose(n) for n in self.protocol.data_sets}
+        runs: dict[str, dict[str, list[Run]]] = {
+            name: {variant: [] for variant in self.protocol.variants} for name in bases
+        }
+        waiting: list[Run] = []
+        # Seed by seed, so that the variants compare even if the experiment is cut off early.
+        for seed, variant in self.protocol.order():
+            needed = {r.variant for r in references(self.protocol.variants[variant])}
+            if needed:
+                self._execute(waiting)
+                waiting = []
+            for name, base in bases.items():
+                others = {other: runs[name][other][-1] for other in needed}
+                # A run that needs a failed one is left out; the failed one is reported below.
+                if all(other.complete for other in others.values()):
+                    run = self._run(name, variant, seed, base, others)
+                    runs[name][variant].append(run)
+                    waiting.append(run)
+        self._execute(waiting)
+        _check_complete([r for groups in runs.values() for group in groups.values() for r in group])
         return runs
 
     def _judged_by(self, name: str) -> Settings:
@@ -66,13 +73,12 @@ class Experiment:
         return hold_out(self.protocol.config, settings, share, self._folder(name, "data"))
 
     def _run(
-        self, name: str, variant: str, seed: int, base: Settings, known: dict[str, list[Run]]
+        self, name: str, variant: str, seed: int, base: Settings, others: dict[str, Run]
     ) -> Run:
         def resolve(value: Any) -> Any:
             if not isinstance(value, MeanOf):
                 return value
-            other = known[value.variant][self.protocol.seeds.index(seed)]
-            return round(other.mean(value.scalar), 4)
+            return round(others[value.variant].mean(value.scalar), 4)
 
         own = {key: resolve(value) for key, value in self.protocol.variants[variant].items()}
         return Run(
@@ -110,7 +116,9 @@ class Experiment:
             ]
             for option in choice.options
         ]
-        self._execute([run for runs in options for run in runs])
+        trials = [run for runs in options for run in runs]
+        self._execute(trials)
+        _check_complete(trials)
         means = [sum(run.final_ap for run in runs) / len(runs) for runs in options]
         for option, mean in zip(choice.options, means, strict=True):
             print(f"{name}: {_label(option)}: AP {mean:.2f} on the part held out")
@@ -123,7 +131,9 @@ class Experiment:
         for run in runs:
             run.prepare()
         waiting = [run for run in runs if not run.complete]
-        environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // self.at_once))}
+        threads = str(max(1, num_cores() // self.at_once))
+        # The user's own number of threads stands: some experiments need the same in all runs.
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
         processes: list[subprocess.Popen[bytes]] = []
         with ThreadPoolExecutor(self.at_once) as pool:
             results = [
@@ -131,17 +141,21 @@ class Experiment:
                 for run in waiting
             ]
             try:
-                codes = [result.result() for result in results]
+                for result in results:
+                    result.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in processes:
                     if process.returncode is None:
                         process.terminate()
                 raise
-        failed = [run for run, code in zip(waiting, codes, strict=True) if code != 0]
-        if failed:
-            where = ", ".join(str(run.folder / "console.txt") for run in failed)
-            raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
+
+
+def _check_complete(runs: Sequence[Run]) -> None:
+    failed = [run for run in runs if not run.complete]
+    if failed:
+        where = ", ".join(str(run.folder / "console.txt") for run in failed)
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
 
 
 def _execute(run: Run, *how: Any) -> int:
@@ -149,12 +163,6 @@ def _execute(run: Run, *how: Any) -> int:
     minutes = run.record["seconds"] / 60
     print(f"{run.name}: {'done' if exit_code == 0 else 'FAILED'} ({minutes:.1f} min)", flush=True)
     return exit_code
-
-
-def _seed_by_seed(runs: dict[str, dict[str, list[Run]]]) -> list[Run]:
-    """All variants with the first seed, then with the second: cut off early, they compare still."""
-    groups = [group for variants in runs.values() for group in variants.values()]
-    return [run for seed in zip(*groups, strict=True) for run in seed]
 
 
 def _label(option: Settings) -> str:

@@ -22,6 +22,7 @@
     grids:                             # optional: one more variant for each combination
       powers: {MODEL.IOU_BALANCED.CLS_ETA: [0.5, 1.0], MODEL.IOU_BALANCED.LOC_LAMBDA: [0.0]}
     seeds: [1, 2, 3]
+    fewer_seeds: {loc: 2}              # optional: only the first two seeds of this variant
     memory_gib: 3                      # of one run: as many run at once as fit
 """
 
@@ -82,6 +83,7 @@ class Protocol:
         memory_gib: what one run takes, on the GPU or of the machine.
         held_out: the share of the training images to judge by; 0 judges on DATASETS.TEST.
         choose: what is settled first.
+        fewer_seeds: variant -> how many of the seeds it is run with, the first ones.
     """
 
     name: str
@@ -93,6 +95,16 @@ class Protocol:
     memory_gib: float
     held_out: float = 0.0
     choose: Choice | None = None
+    fewer_seeds: dict[str, int] = field(default_factory=dict)
+
+    def order(self) -> list[tuple[int, str]]:
+        """Seed and variant of the runs of each data set, seed by seed."""
+        return [
+            (seed, variant)
+            for i, seed in enumerate(self.seeds)
+            for variant in self.variants
+            if i < self.fewer_seeds.get(variant, len(self.seeds))
+        ]
 
 
 @dataclass
@@ -164,6 +176,7 @@ def load_protocol(path: str, *, data: str = ".", weights: str = "") -> Protocol:
         memory_gib=float(reader.take("memory_gib", (int, float))),
         held_out=reader.share(),
         choose=_choice(reader),
+        fewer_seeds=reader.take("fewer_seeds", dict, {}),
     )
     reader.finish()
     _check(protocol, reader)
@@ -252,14 +265,26 @@ def _check(protocol: Protocol, reader: _Reader) -> None:
                 "choose.variant",
                 f"no variant {protocol.choose.variant!r} whose settings are all numbers",
             )
+    above: dict[str, int] = {}  # number of seeds
     for name, settings in protocol.variants.items():
+        seeds = protocol.fewer_seeds.get(name, len(protocol.seeds))
         for reference in references(settings):
-            other = protocol.variants.get(reference.variant)
-            if other is None or list(references(other)):
+            if above.get(reference.variant, 0) < seeds or references(
+                protocol.variants[reference.variant]
+            ):
                 raise reader.error(
                     f"variants.{name}",
-                    f"{reference.variant!r} is not a variant whose settings are all numbers",
+                    f"{reference.variant!r} is not a variant above it, with as many seeds, whose "
+                    "settings are all numbers",
                 )
+        above[name] = seeds
+    for name, number in protocol.fewer_seeds.items():
+        if name not in protocol.variants or number not in range(1, len(protocol.seeds) + 1):
+            raise reader.error(
+                f"fewer_seeds.{name}",
+                f"expected a variant with a number of seeds up to {len(protocol.seeds)}, got "
+                f"{number!r}",
+            )
 
 
 def references(settings: Mapping[str, Any]) -> list[MeanOf]:

@@ -123,6 +123,8 @@ class Run:
             "exit_code": process.returncode,
             "attempts": before.get("attempts", 0) + 1,
             "seconds": before.get("seconds", 0.0) + time.monotonic() - start,
+            # What the run costs, also where other processes take the processor for a while.
+            "cpu_seconds": before.get("cpu_seconds", 0.0) + usage.ru_utime + usage.ru_stime,
             "peak_memory_mib": max(before.get("peak_memory_mib", 0), usage.ru_maxrss / 1024),
             "versions": versions(),
             "hardware": hardware(),

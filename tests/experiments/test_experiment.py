@@ -78,6 +78,7 @@ def test_each_run_is_made_once_in_a_folder_of_its_own(experiment, tmp_path, caps
     assert record["command"][1:3] == [str(FAKE), "--config-file"]
     assert record["versions"].keys() >= {"torch", "detectron2"}
     assert record["seconds"] > 0
+    assert record["cpu_seconds"] > 0
     assert record["peak_memory_mib"] > 1
     experiment().carry_out()
     assert calls(folder) == ["started"], "a complete run is skipped"
@@ -99,6 +100,18 @@ def test_a_run_that_broke_is_named_and_goes_on(experiment, tmp_path):
     assert calls(folder) == ["started", "resumed"]
     assert json.loads((folder / "run.json").read_text())["attempts"] == 2
     assert calls(tmp_path / "runs/set/loc/seed1") == ["started"]
+
+
+def test_what_needs_a_broken_run_is_left_out_and_the_rest_is_run(experiment, tmp_path):
+    variants = {
+        "bad": {WEIGHT: 666.0},
+        "control": {WEIGHT: MeanOf(SCALAR, "bad")},
+        "good": {},
+    }
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        experiment(variants=variants).carry_out()
+    assert not (tmp_path / "runs/set/control").exists()
+    assert calls(tmp_path / "runs/set/good/seed2") == ["started"]
 
 
 def test_a_run_with_other_settings_is_not_mixed_in(experiment):

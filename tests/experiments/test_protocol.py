@@ -60,6 +60,14 @@ def test_a_value_may_be_another_variants_mean(write):
     assert protocol.variants["control"] == {"KEY": MeanOf("scalar", "baseline")}
 
 
+def test_variants_take_turns_and_some_have_fewer_seeds(write):
+    variants = {"baseline": {}, "loc": {}, "cls": {}}
+    protocol = load_protocol(write(variants=variants, fewer_seeds={"loc": 1}))
+    assert protocol.order() == [
+        (1, "baseline"), (1, "loc"), (1, "cls"), (2, "baseline"), (2, "cls")
+    ]  # fmt: skip
+
+
 CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K": 1}]}
 
 
@@ -77,6 +85,20 @@ CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K"
         ({"variants": {}}, "variants: expected at least one"),
         ({"variants": {"a": 3}}, "variants.a: expected config keys, got 3"),
         ({"variants": {"a": {"K": {"mean_of": "s", "variant": "b"}}}}, "variants.a: 'b' is not a"),
+        (
+            {"variants": {"a": {"K": {"mean_of": "s", "variant": "b"}}, "b": {}}},
+            "variants.a: 'b' is not a variant above it, with as many seeds",
+        ),
+        (
+            {
+                "variants": {"b": {}, "a": {"K": {"mean_of": "s", "variant": "b"}}},
+                "fewer_seeds": {"b": 1},
+            },
+            "variants.a: 'b' is not a variant above it, with as many seeds",
+        ),
+        ({"fewer_seeds": {"none": 1}}, "fewer_seeds.none: expected a variant with"),
+        ({"fewer_seeds": {"baseline": 3}}, "fewer_seeds.baseline: .* up to 2, got 3"),
+        ({"fewer_seeds": {"baseline": 0}}, "fewer_seeds.baseline: .* up to 2, got 0"),
         ({"grids": {"g": {"K": 1}}}, "grids.g: expected config keys with lists"),
         ({"choose": CHOOSE | {"held_out": 0}}, "choose.held_out: expected a share above 0"),
         ({"choose": CHOOSE | {"options": [1]}}, "choose.options: expected a list of config keys"),
