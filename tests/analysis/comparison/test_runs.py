@@ -1,6 +1,7 @@
 """What is found of a run, and one line for what is not."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,9 @@ def run_directory(tmp_path, own_data):
 
 def test_data_sets_are_those_of_the_config(run_directory, own_data):
     run = load_run(run_directory)
-    assert run.ground_truth == {"own": Annotations(own_data[0], "count")}
+    annotations = run.ground_truth["own"]
+    assert annotations.difficult == "count"
+    assert Path(annotations.path).parent == Path(own_data[0]).parent / "iou_balanced_cache"
     assert list(run.detections) == ["own"]
     assert run.detections["own"].endswith("run/inference/own/coco_instances_results.json")
 
