@@ -1,7 +1,7 @@
 """COCO's instance format as people write it, read into one clean form.
 
-What can be understood is repaired and counted, what can't is refused with its place. A detector of
-boxes needs no more than boxes: segmentations and keypoints are not looked at.
+Faults with a clear meaning are repaired and counted; others are refused with their place.
+Segmentations and keypoints are ignored, as a detector of boxes needs boxes only.
 """
 
 import gzip

@@ -1,12 +1,11 @@
 """Annotations of other formats as COCO JSON, converted once and kept beside the data set.
 
-A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``, or, where that
-folder can't be written or is a link (which may lead anywhere, in data got from others), a file of
-the same name in ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is
-a digest of the converter's source code, of its arguments and of the list of annotation files with
-their sizes and times of change (reading all of them to know that none has changed would take as
-long as converting them). A file edited within its size whose time was put back goes unnoticed:
-delete the cache then.
+A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``. If that folder can't
+be written or is a link (data from others could contain a link to any place), the file is in
+``$XDG_CACHE_HOME/iou_balanced_d2``. The key is a digest of the converter's source code, of its
+arguments, and of the list of annotation files with their sizes and times of change. The files are
+not read for it, as that would take as long as converting them. An edit that keeps size and time
+goes unnoticed; delete the cache then.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ from .names import check_name
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "iou_balanced_cache"
-_MANY = 500  # files; fewer are read before threads pay, or a bar could be looked at
+_MANY = 500  # files; below, threads and a progress bar do not pay
 _READERS = 8  # threads; they wait for the disk, so more than there are cores
 _AHEAD = 64  # files
 _MOST_NAMED = 5  # files in an error
@@ -224,7 +223,7 @@ def _user_cache(folder: str) -> Path:
 
 
 def _is_writable(folder: Path, name: str) -> bool:
-    """Whether files can be made there; tried, as permissions don't tell of a read-only mount."""
+    """Whether files can be made there; tried, as permissions don't show a read-only mount."""
     lock = folder / f"{quote(name, safe='')}.lock"
     if folder.is_symlink() or lock.is_symlink():
         return False

@@ -39,7 +39,7 @@ PROBLEMS = {
 # Those that make a training useless or impossible; the others leave out a box, or nothing.
 FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
 _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
-# Fewer boxes don't tell of another convention.
+# Fewer boxes don't show another convention.
 _FEWEST_BOXES = 5
 _MANY_TOO_FAR = 0.1  # of the boxes
 _LARGER_THAN_1 = 8  # pixels
@@ -80,7 +80,7 @@ class Report:
 
 
 def inspect_annotations(content: dict[str, Any]) -> Report:
-    """The cheap part: everything that the annotations alone tell.
+    """The cheap part: everything that the annotations alone show.
 
     Args:
         content: clean, see :func:`read_coco_json`.
