@@ -53,7 +53,7 @@ class Source(Protocol):
 
     @property
     def path(self) -> str:
-        """What errors name: the annotation file, or the folder of many."""
+        """The path that errors name: the annotation file, or the folder of many."""
 
     @property
     def image_root(self) -> str:
@@ -166,7 +166,7 @@ def register_converted(name: str, source: Source, *, key: str = "") -> None:
 
 
 def set_metadata(metadata: Metadata, **values: Any) -> None:
-    """Set metadata that may have another value already, as it has once the source has changed."""
+    """Set metadata, also if it has another value because the source has changed."""
     for key, value in values.items():
         if metadata.get(key, value) != value:
             # detectron2 refuses to overwrite. What it derives from the classes goes with them.
@@ -256,7 +256,7 @@ def _read_classes(json_file: str) -> list[str]:
 
 
 def stamp(path: str) -> list[int]:
-    """Size in bytes and time of change in ns, by which a change of a file is known.
+    """Size in bytes and time of change in ns, which show whether a file has changed.
 
     Raises:
         UserError: if there is no such file.
@@ -273,9 +273,9 @@ def map_files(
 ) -> list[Result]:
     """Parse files; of many, reading ahead with threads.
 
-    Waiting for many small files, above all on a network's disk, is what takes long. Parsing them in
-    threads as well was no faster when measured (they wait for the interpreter's lock), and
-    processes can't be started safely from any program (CUDA, a script without a main guard).
+    Most of the time is spent waiting for many small files, above all on a network's disk. Parsing
+    them in threads as well was no faster when measured (they wait for the interpreter's lock), and
+    not every program can start processes safely (CUDA, a script without a main guard).
 
     Args:
         parse: called with a file's path and content.
@@ -350,7 +350,7 @@ def _read(path: str) -> bytes:
 def source_digest(*modules: str) -> str:
     """The digest of source files, taken when they are loaded.
 
-    In place of a version to be raised by hand, which would be forgotten.
+    It replaces a version number, which is easily forgotten.
     """
     return hashlib.sha256(b"".join(Path(module).read_bytes() for module in modules)).hexdigest()
 

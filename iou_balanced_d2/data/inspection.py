@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and whether a detector's anchors can meet its boxes."""
+"""Problems of a data set, and how well a detector's anchors fit its boxes."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-# What a problem is called -> what it means. The first ones leave a box out of training.
+# Name of a problem -> its meaning. The first ones leave a box out of training.
 PROBLEMS = {
     "no area": "box without width or height, or not a number; left out of training",
     "outside": "box with no part inside the image; left out of training",
@@ -69,7 +69,7 @@ class Report:
     rotated: int = 0
 
     def add(self, problems: Iterable[tuple[str, str]]) -> None:
-        """Take in (name of the problem, where) pairs."""
+        """Add (name of the problem, where) pairs."""
         for name, where in problems:
             self.problems.setdefault(name, []).append(where)
 
@@ -129,7 +129,7 @@ def _box_problems(
 
 
 def _bad_boxes(boxes: NDArray[Any], size: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
-    """Of each kind of problem which boxes have it; a box has one at most.
+    """The boxes that have each kind of problem; a box has one at most.
 
     Args:
         boxes: (M, 4) float64 XYWH pixels.
