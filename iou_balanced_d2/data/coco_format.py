@@ -171,7 +171,7 @@ def _check_form(content: Any) -> None:
 
 
 def _looks_like(content: Any) -> str:
-    """The format that the file may have instead, with advice."""
+    """What the file may be instead, with what to do."""
     first = content[0] if isinstance(content, list) and content else content
     keys = set(first) if isinstance(first, dict) else set()
     for needed, what in (

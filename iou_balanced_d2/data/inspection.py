@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-# Name of a problem -> its meaning. The first ones leave a box out of training.
+# What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
     "no area": "box without width or height, or not a number; left out of training",
     "outside": "box with no part inside the image; left out of training",
