@@ -1,16 +1,16 @@
 # make setup | test | test-slow | lint | docs | demo | bench | clean
 #
 # PYTHON=python3.12 make setup    makes the environment with another Python (3.10 to 3.13)
-# make test ARGS="-k focal -x"    hands arguments on to pytest
+# make test ARGS="-k focal -x"    passes arguments to pytest
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# Packages go into the environment, whatever a configuration of pip says.
+# Install into the environment, also if pip's configuration says otherwise.
 export PIP_USER := 0
 
 BIN    := $(VENV)/bin
-# An environment that exists keeps its Python unless PYTHON names another.
+# An existing environment keeps its Python unless PYTHON names another.
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,--use-this-python)
 
 .DEFAULT_GOAL := help
@@ -18,12 +18,12 @@ CHOSEN := $(if $(filter file,$(origin PYTHON)),,--use-this-python)
 
 help:
 	@echo "make setup      create $(VENV) with torch, detectron2 and this package (implied by the rest)"
-	@echo "make demo       train on drawn shapes for some minutes and draw what was found"
-	@echo "make test       the tests, but for the slow ones"
-	@echo "make test-slow  the slow ones"
+	@echo "make demo       train on drawn shapes for some minutes and draw the detections"
+	@echo "make test       the tests, except the slow ones"
+	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy; 'make format' rewrites the files"
 	@echo "make docs       these documents and the API reference as pages: docs/_build/html/index.html"
-	@echo "make bench      time and memory of the losses and of a step, beside detectron2's"
+	@echo "make bench      time and memory of the losses and of a step, compared with detectron2's"
 	@echo "make clean      remove what was built; 'make distclean' removes $(VENV) too"
 
 setup:

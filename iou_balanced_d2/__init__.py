@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 try:
     with warnings.catch_warnings():
-        # detectron2 uses TorchScript when imported: nothing a user could mend.
+        # detectron2 calls TorchScript when it is imported; the user can't change that.
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
         import detectron2.modeling  # noqa: F401
 except ImportError as error:

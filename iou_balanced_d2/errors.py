@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and correct."""
 
 
 class UserError(Exception):
@@ -9,6 +9,6 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a UserError; from a data loader's worker it comes after a traceback."""
+    """The message of a UserError, without the traceback that a data worker puts before it."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1].removeprefix("iou_balanced_d2.errors.UserError: ")

@@ -9,22 +9,22 @@ from typing import IO
 
 from .errors import UserError
 
-# The end of the names that files have until they are whole.
+# Suffix of files that are still being written.
 _UNFINISHED = ".unfinished"
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that at every moment the path holds all of it or what was there before.
+    """Write a file so that the path always holds the whole new file or the whole old one.
 
-    The content goes to a file of a new name beside it first, which no other process uses and
-    which is no link. A kill can leave that one behind: :func:`remove_unfinished`.
+    The content goes first to a new file beside it, whose name no other process uses. A killed
+    process leaves that file behind; :func:`remove_unfinished` removes it.
 
     Args:
         path: the file; its folder exists.
         write: writes the content into an open file.
 
     Raises:
-        UserError: naming the file, if it can't be written; what was there before stays.
+        UserError: naming the file, if it can't be written; the old file stays.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = ""
@@ -48,7 +48,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what killed processes left half-written; nobody may be writing to the folder.
+    """Remove files that killed processes left unfinished; no process may be writing there.
 
     Args:
         folder: may be missing.
@@ -59,14 +59,14 @@ def remove_unfinished(folder: str | Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions that new files don't get; the system tells by setting them only."""
+    """The permissions that new files don't get. The system returns them only when they are set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def _why_not_written(error: BaseException | None) -> str:
-    """The system's words; PyTorch raises a RuntimeError of its own from within the system's."""
+    """The operating system's reason, which PyTorch may hide behind a RuntimeError of its own."""
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
@@ -75,7 +75,7 @@ def _why_not_written(error: BaseException | None) -> str:
 
 
 def _sync_folder(folder: str) -> None:
-    """Let the new name survive a power cut; not every file system can be asked to."""
+    """Make the new name survive a power cut, on file systems that support it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
 """Work on blocks of tensors, divided among threads once.
 
-A PyTorch operation on a large CPU tensor starts its threads and waits for the last of them. On a
-machine that does something else too, a long row of such operations waits for a busy core again and
-again. Here each thread takes whole blocks, one after the other, and applies all operations to them;
-the only wait is at the end, and a thread on a busy core simply takes fewer blocks.
+A PyTorch operation on a large CPU tensor starts threads and waits for the last of them. Beside
+other processes a sequence of such operations waits for a busy core at each of them. Here each
+thread takes whole blocks, one after the other, and applies all operations to them. The only wait is
+at the end, and a thread on a busy core takes fewer blocks.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,17 +26,17 @@ def run_in_threads(work: Callable[[Iterator[T]], None], blocks: list[T], num_thr
     process forks its data workers or ends.
 
     Args:
-        work: called once in each thread with an iterator that all of them share. It should
-            write its results to where the block says, so that no result depends on threads.
-        blocks: what there is to do.
+        work: called once in each thread with an iterator that all of them share. It writes the
+            results of a block to the block's own place, so that threads don't change them.
+        blocks: the blocks to work on.
         num_threads: how many threads to use at most; PyTorch's number is
             ``torch.get_num_threads()``.
 
     Raises:
-        Exception: whatever ``work`` raises.
+        Exception: an error of ``work``.
     """
     shared = iter(blocks)
-    # The mode belongs to a thread; without it the caller's tensors could not be written to.
+    # Each thread has its own inference mode; without the caller's it can't write to its tensors.
     inference_mode = torch.is_inference_mode_enabled()
 
     def help_out() -> None:

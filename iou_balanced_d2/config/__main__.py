@@ -6,6 +6,6 @@ import signal
 from .description import config_help, format_help
 
 argparse.ArgumentParser(prog="python -m iou_balanced_d2.config", description=__doc__).parse_args()
-# A reader that has seen enough, such as `head`, ends this quietly, as it does other commands.
+# End quietly when the reader of a pipe, such as `head`, closes it.
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 print(format_help(config_help()))

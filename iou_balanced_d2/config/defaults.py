@@ -9,7 +9,7 @@ from ..losses import LossOptions
 
 def add_iou_balanced_config(cfg: CfgNode) -> None:
     """Add the project's keys, with their defaults, to detectron2's config."""
-    # The losses: LossOptions has the meanings.
+    # The losses; LossOptions describes the keys.
     cfg.MODEL.IOU_BALANCED = CfgNode({k.upper(): v for k, v in asdict(LossOptions()).items()})
 
     # The moving average of the weights over the steps, average = DECAY * average + (1 - DECAY) *
@@ -19,13 +19,13 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     cfg.MODEL.EMA.ENABLED = False
     cfg.MODEL.EMA.DECAY = 0.999
 
-    # What SOLVER.AMP.ENABLED computes matrix products in: "float16" (detectron2's; on a GPU only)
-    # or "bfloat16" (on a CPU, too). The losses are computed in float32.
+    # The type in which SOLVER.AMP.ENABLED computes matrix products: "float16" (detectron2's; on a
+    # GPU only) or "bfloat16" (on a CPU, too). The losses are computed in float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
-    # One's own data sets, each [name, annotations JSON in COCO format, image folder]: registered
-    # under that name, for DATASETS.TRAIN and DATASETS.TEST. Paths are relative to the folder the
-    # command is run in.
+    # Your own data sets, each [name, annotations JSON in COCO format, image folder]. They are
+    # registered under that name, for DATASETS.TRAIN and DATASETS.TEST. Paths are relative to the
+    # folder in which the command is run.
     cfg.DATASETS.COCO_JSON = ()
     # The same for folders of PASCAL VOC's layout, each [name, folder, split] or [name, folder,
     # split, list of class names]; without a list the classes are the sorted names found in all of
@@ -33,18 +33,18 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     cfg.DATASETS.VOC_FOLDER = ()
     # The same for YOLO's layout, each [name, data.yaml, split], the split being train, val or test.
     cfg.DATASETS.YOLO_FOLDER = ()
-    # VOC's objects marked difficult: "ignore" = no part in training, and in evaluation neither
+    # VOC's objects marked difficult: "ignore" = left out of training, and in evaluation neither
     # right nor wrong, VOC's own rule; "count" = like any other object; "drop" = as if they were
     # not annotated.
     cfg.DATASETS.VOC_DIFFICULT = "ignore"
 
-    # The evaluation's result of which the best checkpoint is kept, as model_best.pth: "bbox/AP75",
-    # with several test sets "<data set>/bbox/AP75"; or "validation/total_loss". "" = none.
+    # The metric by which the best checkpoint is kept, as model_best.pth: "bbox/AP75", with several
+    # test sets "<data set>/bbox/AP75"; or "validation/total_loss". "" = none.
     cfg.TEST.BEST_METRIC = ""
     # With --eval-only, write a page that compares the detections' scores with their boxes' IoU, to
     # OUTPUT_DIR/inference/<data set>/alignment.
     cfg.TEST.ALIGNMENT_REPORT = False
-    # Every so many iterations, and after the last, the losses on DATASETS.TEST are logged as
+    # Log the losses on DATASETS.TEST every so many iterations and after the last one, as
     # validation/loss_cls and so on. 0 = never.
     cfg.TEST.LOSS_PERIOD = 0
 

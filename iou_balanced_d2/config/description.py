@@ -1,8 +1,7 @@
-"""What each config key of the project and of its projects means, from the comments at its default.
+"""The meaning of each config key, read from the comment above its default.
 
-All keys are described in the comments of ``losses/options.py``, ``defaults.py`` and
-``projects/*/*/config.py`` alone; here they are read, to be printed by
-``python -m iou_balanced_d2.config``.
+The comments are in ``losses/options.py``, ``defaults.py`` and ``projects/*/*/config.py``;
+``python -m iou_balanced_d2.config`` prints them.
 """
 
 import ast
@@ -63,7 +62,7 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def _commented_names(definition: Callable[..., Any]) -> Iterator[tuple[str, str]]:
-    """What a function or a class sets in its body, such as "cfg.SEED", each with its comment."""
+    """The names that a function or class sets in its body, such as "cfg.SEED", with comments."""
     source = textwrap.dedent(inspect.getsource(definition))
     lines = source.splitlines()
     tree = ast.parse(source).body[0]
@@ -74,7 +73,7 @@ def _commented_names(definition: Callable[..., Any]) -> Iterator[tuple[str, str]
             continue
         above = lines[: node.lineno - 1]
         comment = _comment_at_the_end(above)
-        # A blank line ends what a comment is about.
+        # A comment holds until the next blank line.
         if comment or not above[-1].strip():
             meaning = comment
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
@@ -82,7 +81,7 @@ def _commented_names(definition: Callable[..., Any]) -> Iterator[tuple[str, str]
 
 
 def _comment_at_the_end(lines: list[str]) -> str:
-    """The comment that the last lines are, as one line."""
+    """The comment in the last lines, as one line."""
     words: list[str] = []
     for line in reversed(lines):
         text = line.strip()

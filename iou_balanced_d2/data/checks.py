@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the data before training starts."""
+"""Checks of the data before training starts."""
 
 import difflib
 import logging
@@ -94,7 +94,7 @@ def detector_node(cfg: CfgNode) -> str | None:
 
 
 def _check_same_classes(known: dict[str, list[str]], name: str, classes: list[str]) -> None:
-    """Classes are told apart by their place in the list: one list for all data sets of a run."""
+    """A class is its position in the list, so all data sets of a run need the same list."""
     for other, expected in known.items():
         if classes and expected and classes != expected:
             raise UserError(
@@ -164,7 +164,7 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
 
 
 def _path(name: str) -> str:
-    """What the user knows the annotations of a data set by."""
+    """The path or name by which the user knows the annotations of a data set."""
     return str(
         DatasetCatalog[name].source.path
         if is_converted(name)

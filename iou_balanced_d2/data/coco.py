@@ -20,8 +20,8 @@ _CODE = source_digest(__file__, coco_format.__file__)
 class CocoSource:
     """A JSON file in COCO's format, which is read into a clean form.
 
-    detectron2 leaves out boxes for faults of their segmentation and fails on other habits of people
-    after the training, so it gets what :func:`read_coco_json` has made of the file.
+    detectron2 leaves out boxes whose segmentation is faulty, and other irregular fields make it
+    fail after the training. It therefore gets the clean form of :func:`read_coco_json`.
 
     Attributes:
         json_file: annotations in COCO's instance format.

@@ -1,7 +1,7 @@
 """COCO's instance format as people write it, read into one clean form.
 
-What can be understood is repaired and counted, what can't is refused with its place. A detector of
-boxes needs no more than boxes: segmentations and keypoints are not looked at.
+Faults with a clear meaning are repaired and counted; others are refused with their place.
+Segmentations and keypoints are ignored, as a detector of boxes needs boxes only.
 """
 
 import gzip
@@ -27,7 +27,7 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
 }  # fmt: skip
 _CROWD = {"0": 0, "1": 1, "false": 0, "true": 1, "none": 0, "null": 0, "": 0}
 
-# What is repaired -> what is done.
+# Kind of repair -> what is done.
 REPAIRS = {
     "annotation id": "missing, used twice, or no positive whole number: all are numbered anew",
     "image id": "not all are whole numbers from 0 on: all are numbered anew",
@@ -194,7 +194,7 @@ def _shown(value: Any) -> str:
 
 
 def _key(id_: Any) -> Any:
-    """By what an id is looked up: 1 and "1" are two ids."""
+    """The key of an id in a lookup: 1 and "1" are two ids."""
     return (type(id_) is str, id_)
 
 
@@ -294,7 +294,7 @@ def _box(value: Any, i: int) -> list[float]:
         raise UserError(
             f"annotations[{i}]: bbox must be 4 numbers (x, y, width, height), got {_shown(value)}"
         )
-    # What no float holds is no place in an image.
+    # A number beyond float64 is no position in an image.
     return [v if type(v) is float or abs(v) < _MAX_ID else math.inf for v in value]
 
 
@@ -331,8 +331,8 @@ def _flag(raw: dict[str, Any], field: str, i: int, found: _Found) -> int:
 def _number(annotations: list[dict[str, Any]], found: _Found) -> None:
     """Number the annotations from 1, unless their ids are good.
 
-    COCOeval writes a detection's match down as the object's id, with 0 for none: a hit on the
-    object 0 would be a miss.
+    COCOeval stores a detection's match as the object's id, and 0 for no match: a match with the
+    object 0 would be lost.
     """
     ids = [a["id"] for a in annotations]
     good = [type(id_) is int and 0 < id_ < _MAX_ID for id_ in ids]

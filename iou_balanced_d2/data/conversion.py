@@ -1,12 +1,11 @@
 """Annotations of other formats as COCO JSON, converted once and kept beside the data set.
 
-A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``, or, where that
-folder can't be written or is a link (which may lead anywhere, in data got from others), a file of
-the same name in ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is
-a digest of the converter's source code, of its arguments and of the list of annotation files with
-their sizes and times of change (reading all of them to know that none has changed would take as
-long as converting them). A file edited within its size whose time was put back goes unnoticed:
-delete the cache then.
+A converted file is ``<data set folder>/iou_balanced_cache/<name>-<key>.json``. If that folder can't
+be written or is a link (data from others could contain a link to any place), the file is in
+``$XDG_CACHE_HOME/iou_balanced_d2``. The key is a digest of the converter's source code, of its
+arguments, and of the list of annotation files with their sizes and times of change. The files are
+not read for it, as that would take as long as converting them. An edit that keeps size and time
+goes unnoticed; delete the cache then.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ from .names import check_name
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "iou_balanced_cache"
-_MANY = 500  # files; fewer are read before threads pay, or a bar could be looked at
+_MANY = 500  # files; below, threads and a progress bar do not pay
 _READERS = 8  # threads; they wait for the disk, so more than there are cores
 _AHEAD = 64  # files
 _MOST_NAMED = 5  # files in an error
@@ -54,7 +53,7 @@ class Source(Protocol):
 
     @property
     def path(self) -> str:
-        """What errors name: the annotation file, or the folder of many."""
+        """The path that errors name: the annotation file, or the folder of many."""
 
     @property
     def image_root(self) -> str:
@@ -167,7 +166,7 @@ def register_converted(name: str, source: Source, *, key: str = "") -> None:
 
 
 def set_metadata(metadata: Metadata, **values: Any) -> None:
-    """Set metadata that may have another value already, as it has once the source has changed."""
+    """Set metadata, also if it has another value because the source has changed."""
     for key, value in values.items():
         if metadata.get(key, value) != value:
             # detectron2 refuses to overwrite. What it derives from the classes goes with them.
@@ -224,7 +223,7 @@ def _user_cache(folder: str) -> Path:
 
 
 def _is_writable(folder: Path, name: str) -> bool:
-    """Whether files can be made there; tried, as permissions don't tell of a read-only mount."""
+    """Whether files can be made there; tried, as permissions don't show a read-only mount."""
     lock = folder / f"{quote(name, safe='')}.lock"
     if folder.is_symlink() or lock.is_symlink():
         return False
@@ -257,7 +256,7 @@ def _read_classes(json_file: str) -> list[str]:
 
 
 def stamp(path: str) -> list[int]:
-    """Size in bytes and time of change in ns, by which a change of a file is known.
+    """Size in bytes and time of change in ns, which show whether a file has changed.
 
     Raises:
         UserError: if there is no such file.
@@ -274,9 +273,9 @@ def map_files(
 ) -> list[Result]:
     """Parse files; of many, reading ahead with threads.
 
-    Waiting for many small files, above all on a network's disk, is what takes long. Parsing them in
-    threads as well was no faster when measured (they wait for the interpreter's lock), and
-    processes can't be started safely from any program (CUDA, a script without a main guard).
+    Most of the time is spent waiting for many small files, above all on a network's disk. Parsing
+    them in threads as well was no faster when measured (they wait for the interpreter's lock), and
+    not every program can start processes safely (CUDA, a script without a main guard).
 
     Args:
         parse: called with a file's path and content.
@@ -351,7 +350,7 @@ def _read(path: str) -> bytes:
 def source_digest(*modules: str) -> str:
     """The digest of source files, taken when they are loaded.
 
-    In place of a version to be raised by hand, which would be forgotten.
+    It replaces a version number, which is easily forgotten.
     """
     return hashlib.sha256(b"".join(Path(module).read_bytes() for module in modules)).hexdigest()
 

@@ -290,7 +290,7 @@ def ensure_demo_datasets(root: str, spec: DemoSpec = DEMO_SPEC) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(str(folder)):
-        # Whoever held the lock before us may have drawn it.
+        # Another process may have drawn it while this one waited.
         if not _is_current(folder, stamp):
             logger.info(f"Drawing the demo set into {folder} ...")
             _publish(folder, spec, stamp)

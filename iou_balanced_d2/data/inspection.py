@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and whether a detector's anchors can meet its boxes."""
+"""Problems of a data set, and how well a detector's anchors fit its boxes."""
 
 import contextlib
 import math
@@ -39,7 +39,7 @@ PROBLEMS = {
 # Those that make a training useless or impossible; the others leave out a box, or nothing.
 FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
 _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
-# Fewer boxes don't tell of another convention.
+# Fewer boxes don't show another convention.
 _FEWEST_BOXES = 5
 _MANY_TOO_FAR = 0.1  # of the boxes
 _LARGER_THAN_1 = 8  # pixels
@@ -69,7 +69,7 @@ class Report:
     rotated: int = 0
 
     def add(self, problems: Iterable[tuple[str, str]]) -> None:
-        """Take in (name of the problem, where) pairs."""
+        """Add (name of the problem, where) pairs."""
         for name, where in problems:
             self.problems.setdefault(name, []).append(where)
 
@@ -80,7 +80,7 @@ class Report:
 
 
 def inspect_annotations(content: dict[str, Any]) -> Report:
-    """The cheap part: everything that the annotations alone tell.
+    """The cheap part: everything that the annotations alone show.
 
     Args:
         content: clean, see :func:`read_coco_json`.
@@ -129,7 +129,7 @@ def _box_problems(
 
 
 def _bad_boxes(boxes: NDArray[Any], size: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
-    """Of each kind of problem which boxes have it; a box has one at most.
+    """The boxes that have each kind of problem; a box has one at most.
 
     Args:
         boxes: (M, 4) float64 XYWH pixels.

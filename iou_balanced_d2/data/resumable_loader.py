@@ -1,4 +1,4 @@
-"""The training data as one stream of samples, which a resumed training takes up where it was.
+"""The training data as one stream of samples, which a resumed training continues.
 
 Sample number n of the stream is an image and a seed for its augmentations, both given by the
 training's seed and n alone: workers, processes and evaluations in between change nothing of it.
@@ -111,7 +111,7 @@ class ResumableLoader:
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self._cfg = cfg
-        # Kept here, as a data worker may not know of the processes.
+        # Kept here, as a data worker may lack the process group.
         self._world_size, self._rank = comm.get_world_size(), comm.get_rank()
         self._batch = cfg.SOLVER.IMS_PER_BATCH // self._world_size
         self._grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING

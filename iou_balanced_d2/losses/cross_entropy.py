@@ -11,8 +11,8 @@ def iou_balanced_cross_entropy(
 ) -> Tensor:
     """Element-wise softmax cross-entropy whose positives are weighted by eq. 2.
 
-    Element-wise, so that hard negatives can be mined from the result: positives are weighted
-    before mining, negatives untouched, hence the mining picks what it would have picked.
+    The result is element-wise, so that hard negatives can be mined from it. The loss of negatives
+    is the plain one, so mining picks the negatives that it picks without the weights.
 
     Args:
         logits: (M, K + 1) float, background last.

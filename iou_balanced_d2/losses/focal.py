@@ -5,7 +5,7 @@ Shapes: logits (M, K) for M anchors and K classes; P positives among them.
 Almost every one of the M * K logits is a negative. So one pass computes the background terms of all
 logits, summed row by row, and their gradient; then the few rows that hold a positive are computed
 anew and the ignored rows set to 0. There is no one-hot target and no masked copy. Nothing is
-subtracted either, so that no large term leaves its rounding error behind.
+subtracted, so no rounding error of a large term remains.
 """
 
 import functools
@@ -48,7 +48,7 @@ def focal_targets(labels: Tensor, num_classes: int) -> FocalTargets:
 
 
 def _class_factors(alpha: float) -> tuple[float, float]:
-    """Factors of the positive and the negative terms; a negative alpha weighs neither."""
+    """Factors of the positive and the negative terms; both are 1 for a negative alpha."""
     return (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
@@ -151,7 +151,7 @@ def _focal_sum(
     if out is not None:
         out[rows, classes] = (weights * loss_grad.squeeze(1)).to(out.dtype)
         out[ignored] = 0
-    # In float64: with 10^5 and more rows the order of summation must not show.
+    # In float64, so that the order of 10^5 and more rows does not change the result.
     return sums.double().sum().to(dtype), out
 
 
@@ -159,15 +159,15 @@ def _focal_sum(
 def _triton_kernels() -> ModuleType | None:
     """The fused kernels of :mod:`.focal_triton`, or None where they do not run.
 
-    Tried once on the GPU in use: a Triton without a compiler, or an unknown GPU, must not end a
-    training that torch can do.
+    They are tried once on the GPU in use: if Triton lacks a compiler or does not know the GPU,
+    training goes on in torch.
     """
     try:
         from . import focal_triton
 
         row = torch.zeros(1, dtype=torch.int64, device="cuda")
         focal_triton.focal_sum(row[:, None].float(), row, row, row[:0], row.float(), 0.25, 2.0)
-    except Exception as error:  # whatever a compiler and its driver may raise
+    except Exception as error:  # compilers and drivers raise many kinds
         logger.warning(f"Focal loss without Triton, in plain torch: {error!r}")
         return None
     return focal_triton
@@ -210,8 +210,8 @@ class _WeightedFocalSum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, weights, *saved = ctx.saved_tensors
         targets, (alpha, gamma) = FocalTargets(*saved), ctx.hyper
-        # The gradient is handed over, scaled in place: no second tensor of the logits' size.
-        # Only a second backward through a retained graph has to compute it again.
+        # The gradient is scaled in place, without a second tensor of the logits' size. Only a
+        # second backward through a retained graph computes it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             if kernels := _kernels_for(logits):

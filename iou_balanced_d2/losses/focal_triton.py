@@ -1,9 +1,9 @@
 """Triton kernels of the weighted focal sum, for logits on a GPU.
 
 The same sum as :mod:`.focal` computes in torch: forward reads the logits once and writes one
-partial sum a block; backward reads them once more and writes their gradient, already scaled in
-float32, so that half-precision gradients lose nothing to an intermediate. Nothing of the logits'
-size is kept between the two.
+partial sum a block; backward reads them once more and writes their gradient, scaled in float32, so
+that half-precision gradients are rounded once. No tensor of the logits' size is kept between the
+two.
 """
 
 import torch
@@ -39,7 +39,7 @@ def _load(logits, row_class, row_weight, size, alpha, K: tl.constexpr, BLOCK: tl
     positive = label == within % K
     weight = tl.load(row_weight + row, mask=mask & positive, other=0.0)
     sign = tl.where(positive, -1.0, 1.0)
-    # A negative alpha weighs neither positives nor negatives.
+    # A negative alpha gives positives and negatives the factor 1.
     positive_factor = tl.where(alpha < 0, 1.0, alpha)
     negative_factor = tl.where(alpha < 0, 1.0, 1.0 - alpha)
     factor = tl.where(positive, positive_factor * weight, negative_factor)
@@ -133,7 +133,7 @@ def focal_sum(
             logits, row_class, row_weight, partial_sums, size, alpha, gamma,
             K=logits.shape[1], BLOCK=_BLOCK,
         )  # fmt: skip
-    # One order of summation, whatever block ends first; in float64, as 10^4 partial sums add up.
+    # The order of summation is fixed. In float64, as there may be 10^4 partial sums.
     return partial_sums.double().sum().float()
 
 

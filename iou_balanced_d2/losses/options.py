@@ -24,7 +24,7 @@ _CHOICES = {
 class LossOptions:
     """The keys of ``MODEL.IOU_BALANCED``; a field is the key of its name in lower case.
 
-    The comment above a field is its meaning; ``python -m iou_balanced_d2.config`` prints it, too.
+    The comment above a field is its meaning; ``python -m iou_balanced_d2.config`` prints it.
 
     Raises:
         ValueError: if a value is out of its range; the message names the key.
@@ -32,36 +32,35 @@ class LossOptions:
 
     # The classification loss: "iou_balanced" = focal loss with the positives weighted by eq. 2;
     # "quality_focal" (arXiv 2006.04388, beta 2) or "varifocal" (arXiv 2008.13367, alpha 0.75,
-    # gamma 2) = the IoU of a positive's regressed box is the target of its score. These two
-    # read neither FOCAL_LOSS_ALPHA and _GAMMA nor CLS_ETA and CLS_NORM_SCOPE; not for SSD.
+    # gamma 2) = the IoU of a positive's regressed box is the target of its score. These two ignore
+    # FOCAL_LOSS_ALPHA, FOCAL_LOSS_GAMMA, CLS_ETA and CLS_NORM_SCOPE; not for SSD.
     cls_loss: str = "iou_balanced"
-    # eta of eq. 2: positives' classification loss is weighted by IoU^eta, its sum kept.
+    # eta of eq. 2: the positives' classification loss is weighted by IoU^eta and keeps its sum.
     # 0.0 is the plain focal loss.
     cls_eta: float = 1.5
-    # Within what eq. 2 keeps the sum: "batch" = all positives of this process, the equation as
-    # written; "level" = each pyramid level, the author's RetinaNet code; "image" = each image,
-    # his SSD code; "global" = the positives of all processes.
+    # The positives over which eq. 2 keeps the sum: "batch" = all of this process, the equation as
+    # written; "level" = those of each pyramid level, the author's RetinaNet code; "image" = those
+    # of each image, his SSD code; "global" = those of all processes.
     cls_norm_scope: str = "batch"
     # Factor of the whole classification loss.
     cls_loss_weight: float = 1.0
-    # lambda of eq. 4: positives' box loss is weighted by w_loc * IoU^lambda.
+    # lambda of eq. 4: the positives' box loss is weighted by w_loc * IoU^lambda.
     # 0.0 is the plain box loss, times LOC_WEIGHT if that is not 0.0.
     loc_lambda: float = 1.5
     # w_loc of eq. 4. 0.0 = measure it by LOC_WEIGHT_RULE; any other value is used as it is (the
     # author's, tuned by hand: 3.049 for R50 on COCO, 2.34 on VOC).
     loc_weight: float = 0.0
-    # On which boxes w_loc is measured, so that the sum of the box loss stays what it was:
-    # "anchors" = the anchors, which is what heads that start at 0 predict (the paper's do): w_loc
-    # is right also for heads that start at noise; not for FCOS, nor for fine-tuning; "first" = the
-    # regressed boxes of the first steps, the paper's rule; "running" = the regressed boxes at
-    # every step anew, eq. 5.
+    # The boxes on which w_loc is measured, such that the box loss keeps its sum: "anchors" = the
+    # anchors, which a head that starts at 0 predicts (as the paper's does); also for heads that
+    # start at noise, but not for FCOS or fine-tuning; "first" = the regressed boxes of the first
+    # steps, the paper's rule; "running" = the regressed boxes of each step, eq. 5.
     loc_weight_rule: str = "anchors"
-    # Over how many of the first steps with positives "anchors" and "first" measure. Until then
-    # w_loc is that of the steps so far; after that it is kept. 1 is the paper's words.
+    # The number of first steps with positives over which "anchors" and "first" measure. During
+    # these steps w_loc is the value measured so far; then it is kept. The paper has 1.
     loc_weight_steps: int = 50
     # Factor of the whole box loss, beside w_loc.
     bbox_reg_loss_weight: float = 1.0
-    # What the losses are divided by: "ema" = the moving average of the number of positives,
+    # The divisor of the losses: "ema" = the moving average of the number of positives,
     # detectron2's rule; "batch" = the number of positives of this step, the author's code.
     normalizer: str = "ema"
 
@@ -88,11 +87,11 @@ def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_plain_losses(keys: Mapping[str, Any], section: str = "") -> None:
-    """Check the keys of a detector's plain losses, where it has them.
+    """Check the keys of a detector's plain losses.
 
     Args:
         keys: values of FOCAL_LOSS_ALPHA, FOCAL_LOSS_GAMMA, SMOOTH_L1_LOSS_BETA and
-            BBOX_REG_LOSS_TYPE; others are not looked at.
+            BBOX_REG_LOSS_TYPE; other keys are ignored.
         section: what stands before the key in the config, such as "MODEL.RETINANET.".
 
     Raises:

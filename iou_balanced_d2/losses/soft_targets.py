@@ -3,8 +3,8 @@
 Sources: quality focal loss, Li et al., "Generalized Focal Loss", arXiv 2006.04388, eq. 6;
 varifocal loss, Zhang et al., "VarifocalNet", arXiv 2008.13367, eq. 2.
 
-Away from the positives both are a focal loss with target 0, so that sum is
-:func:`.focal.weighted_focal_sum` with weights 0 at the positives; only P terms differ.
+For negatives both are a focal loss with target 0. Their sum is :func:`.focal.weighted_focal_sum`
+with weights 0 at the positives; only P terms differ.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class SoftTargetLoss(NamedTuple):
 
     Attributes:
         positive_terms: (P,) logits and (P,) IoUs to (P,) terms, with gradient for the logits.
-        alpha: the focal loss's, whose negatives, (1 - alpha) p^gamma CE(p, 0), are this one's.
-        gamma: the focal loss's.
+        alpha: of the focal loss that gives the negatives' terms, (1 - alpha) p^gamma CE(p, 0).
+        gamma: of the same focal loss.
     """
 
     positive_terms: Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ def _check_rows(**tensors: Tensor) -> None:
 
 
 def check_not_negative(name: str, value: float) -> None:
-    """Raise ValueError unless ``value``, which is called ``name``, is a finite number >= 0.
+    """Raise ValueError, which names ``name``, unless ``value`` is a finite number >= 0.
 
     A negative power would make the weight *fall* with IoU, the opposite of the paper.
     """
@@ -25,7 +25,7 @@ def check_not_negative(name: str, value: float) -> None:
 
 
 def _powered(iou: Tensor, name: str, power: float) -> Tensor:
-    """The powers of eq. 2 and 4, of any shape; ``name`` is the power's, for the error."""
+    """iou^power of eq. 2 and 4, of any shape; an error calls the power ``name``."""
     check_not_negative(name, power)
     return iou**power
 
@@ -34,7 +34,7 @@ def _powered(iou: Tensor, name: str, power: float) -> Tensor:
 def plain_and_balanced_sums(
     iou: Tensor, loss: Tensor, *, power: float, group: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What eq. 2, 4 and 5 take the ratio of: sum(loss) and sum(iou^power * loss).
+    """The two sums of eq. 2, 4 and 5: sum(loss) and sum(iou^power * loss).
 
     Args:
         iou: (P,) float.
@@ -54,7 +54,7 @@ def plain_and_balanced_sums(
 
 
 def _sum_keeping_scale(plain_sum: Tensor, balanced_sum: Tensor) -> Tensor:
-    """plain_sum / balanced_sum; NaN where that is 0 (or too small for a quotient with digits)."""
+    """plain_sum / balanced_sum; NaN where that is 0 (or too small for an accurate quotient)."""
     scale = plain_sum / balanced_sum
     usable = (balanced_sum >= torch.finfo(balanced_sum.dtype).tiny) & torch.isfinite(scale)
     return torch.where(usable, scale, float("nan"))
@@ -123,8 +123,8 @@ def iou_balanced_loc_weights(iou: Tensor, *, lambda_: float, w_loc: float | Tens
 def measure_w_loc(iou: Tensor, loc_loss: Tensor, *, lambda_: float) -> Tensor:
     """The w_loc that leaves the sum of the localization loss unchanged on these positives.
 
-    sum(loc_loss) / sum(iou^lambda * loc_loss). The paper takes it at the first training step
-    and keeps it; taken anew at every step it is eq. 5.
+    w_loc = sum(loc_loss) / sum(iou^lambda * loc_loss). The paper measures it at the first training
+    step and keeps it; measured at each step, it is eq. 5.
 
     Args:
         iou: (P,) float, IoU of the regressed boxes with their ground truth.

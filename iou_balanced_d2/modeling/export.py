@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .iou_balanced_loss import IoUBalancedLoss
 
-# Of the file, in this order.
+# Outputs of the file, in this order.
 OUTPUT_NAMES = ("boxes", "scores", "classes")
-# The oldest with all that the graphs consist of.
+# The oldest opset that has all operators of the graphs.
 ONNX_OPSET = 16
 
 Detections = tuple[Tensor, Tensor, Tensor]
@@ -53,7 +53,7 @@ def plain_detector(model: nn.Module) -> DenseDetector:
 
 
 def detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Detections:
-    """What an exported model computes, by the model itself.
+    """Compute with the model itself what the exported file computes.
 
     Args:
         model: the detector, in evaluation mode.
@@ -85,8 +85,8 @@ def export_onnx(model: nn.Module, image: Tensor, path: str) -> None:
     """Write an ONNX file with the input "image" and the outputs "boxes", "scores" and "classes".
 
     Args:
-        model: as for :func:`export_torchscript`, as the next two.
-        image: example.
+        model: from :func:`plain_detector`.
+        image: as for :func:`export_torchscript`.
         path: of the file.
 
     Raises:
@@ -119,9 +119,9 @@ def export_onnx(model: nn.Module, image: Tensor, path: str) -> None:
 def _tracing(model: nn.Module, image: Tensor) -> Iterator[TracingAdapter]:
     """The detector as a function of tensors, for as long as it is traced.
 
-    Hides what the tracer says of detectron2's assertions, and of its own future.
+    Hides the tracer's warnings of detectron2's assertions and of its own deprecation.
     """
-    # The exporter puts all modules back into the mode that the outermost is in.
+    # The exporter sets all modules to the mode of the outermost one.
     adapter = TracingAdapter(model, [{"image": image}], detect).eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What a detector may say of itself to the training, beside detectron2's own interface."""
+"""What the training reads of a detector, beside detectron2's own interface."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -9,14 +9,14 @@ from ..losses import LossOptions
 
 
 class DetectorInterface(Protocol):
-    """What differs for a meta-architecture from RetinaNet.
+    """How the training of a meta-architecture differs from RetinaNet's.
 
-    A detector inherits from this class and overrides what it needs to. The values and methods here
-    are those of all other detectors, see :func:`interface_of`.
+    A detector inherits from this class and overrides what differs. All other detectors have the
+    values and methods of this class, see :func:`interface_of`.
     """
 
-    #: The learning rate for each image of the batch, of which the linear rule is reminded:
-    #: detectron2's and the paper's of RetinaNet, and detectron2's of FCOS.
+    #: The usual learning rate for each image of the batch; a warning compares SOLVER.BASE_LR with
+    #: it. This is detectron2's and the paper's of RetinaNet, and detectron2's of FCOS.
     lr_per_image: ClassVar[float] = 0.01 / 16
     #: How many scores each anchor has beside those of the K classes.
     num_background_scores: ClassVar[int] = 0
@@ -38,7 +38,7 @@ class DetectorInterface(Protocol):
 
     @classmethod
     def check_loss_options(cls, options: LossOptions) -> None:
-        """Refuse options that this detector can't have.
+        """Refuse options that this detector does not support.
 
         Raises:
             ValueError: naming the key.
@@ -46,7 +46,7 @@ class DetectorInterface(Protocol):
 
     @classmethod
     def check_weights(cls, cfg: CfgNode) -> None:
-        """Refuse weights that the detector does not train from.
+        """Refuse weights from which the detector does not learn.
 
         Raises:
             UserError: naming what to pass.
@@ -54,7 +54,7 @@ class DetectorInterface(Protocol):
 
 
 def interface_of(detector: type[Any]) -> type[DetectorInterface]:
-    """The detector's own interface if it has one, or that of all others.
+    """The detector's own interface if it has one, else the default.
 
     Args:
         detector: class of the meta-architecture.

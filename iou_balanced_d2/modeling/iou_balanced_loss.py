@@ -26,7 +26,7 @@ from .w_loc import WLocMeasurement
 
 _BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
-# Scalars cost a host sync: written as often as detectron2's writers print.
+# A scalar makes the host wait for the device, so they are written as often as detectron2 prints.
 _LOG_PERIOD = 20
 _EMA_MOMENTUM = 0.9  # detectron2's
 
@@ -35,7 +35,7 @@ ExtraLosses = Callable[[Positives, Tensor, Tensor], dict[str, Tensor]]
 
 
 class _Sums(NamedTuple):
-    """What one step sums over its positives, averaged over processes (float64 scalars)."""
+    """Sums over the positives of a step, averaged over processes (float64 scalars)."""
 
     num_pos: Tensor
     cls: Tensor  # sum of CE
@@ -103,7 +103,7 @@ class IoUBalancedLoss(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.w_loc_measurement = WLocMeasurement(self.options)
-        # Where set, called at each step with the positives' IoU and weights, (P,) each by name.
+        # If set, it is called at each step with the positives' IoU and weights, (P,) each by name.
         self.observer: Callable[[dict[str, Tensor]], None] | None = None
         self.register_buffer("num_pos_ema", torch.tensor(num_pos_start).double(), persistent=False)
 
@@ -123,7 +123,7 @@ class IoUBalancedLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the losses; the arguments are those of detectron2's ``losses()``.
 
-        A call with gradients switched on is a training step: it moves the training state on.
+        A call with gradients switched on is a training step: it updates the training state.
 
         Args:
             anchors: L Boxes of R_l anchors.
@@ -184,8 +184,8 @@ class IoUBalancedLoss(nn.Module):
     def _regressed_iou(self, deltas: Tensor, anchor: Tensor, gt: Tensor) -> Tensor:
         """IoU (P,) of the decoded boxes with their ground truth; 0 where it is not a number.
 
-        Boxes of no area and diverged deltas give 0/0 or inf/inf. The classification loss then
-        goes on with IoU 0; the box loss itself stays NaN and is reported by its name.
+        Boxes of no area and diverged deltas give 0/0 or inf/inf. The classification loss then uses
+        IoU 0; the box loss itself stays NaN and is reported by its name.
         """
         boxes = self.box2box_transform.apply_deltas(deltas, anchor)
         iou = matched_pairwise_iou(Boxes(boxes), Boxes(gt))
@@ -197,7 +197,7 @@ class IoUBalancedLoss(nn.Module):
             target = self.box2box_transform.get_deltas(anchor, gt)
             loss = smooth_l1_loss(deltas, target, beta=self.smooth_l1_beta, reduction="none")
             return loss.sum(dim=1)
-        # Diverged deltas: a NaN loss, reported by its name, instead of an assertion on boxes.
+        # Diverged deltas give a NaN loss, reported by its name, instead of an assertion on boxes.
         finite = torch.isfinite(deltas).all(dim=1)
         boxes = self.box2box_transform.apply_deltas(deltas.where(finite[:, None], 0.0), anchor)
         loss = _BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
@@ -226,7 +226,7 @@ class IoUBalancedLoss(nn.Module):
     def _soft_target_loss(
         self, flat_logits: list[Tensor], positives: Positives, iou: Tensor
     ) -> Tensor:
-        """The rival that CLS_LOSS names, summed over all levels."""
+        """The rival of eq. 2 that CLS_LOSS names, summed over all levels."""
         loss = SOFT_TARGET_LOSSES[self.options.cls_loss]
         levels = zip(flat_logits, positives.targets, iou.split(positives.per_level), strict=True)
         return torch.stack([loss.sum(*level) for level in levels]).sum()
@@ -240,7 +240,7 @@ class IoUBalancedLoss(nn.Module):
 
     @torch.no_grad()
     def _measured_at_anchors(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
-        """For the rule "anchors": the box loss's sums of predictions that are all 0."""
+        """For the rule "anchors": the box loss's sums if all predicted deltas were 0."""
         if not self.w_loc_measurement.measures_anchors():
             return sums
         deltas = torch.zeros_like(anchor)
@@ -254,7 +254,7 @@ class IoUBalancedLoss(nn.Module):
 
     @torch.no_grad()
     def _update_state(self, sums: _Sums) -> None:
-        """Move the average of positives and w_loc on; the sums are the same on every process."""
+        """Update the average of positives and w_loc; the sums are the same on every process."""
         new = sums.num_pos.clamp(min=1) * (1 - _EMA_MOMENTUM)
         self.num_pos_ema.mul_(_EMA_MOMENTUM).add_(new)
         self.w_loc_measurement.update(sums.loc, sums.loc_balanced)
@@ -285,7 +285,7 @@ class IoUBalancedLoss(nn.Module):
 
     @torch.no_grad()
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; a w_loc set by the user (not 0) stays as set."""
+        """Restore the state of a checkpoint; a w_loc set by the user (not 0) stays as set."""
         self.num_pos_ema.copy_(state["num_pos_ema"])
         self.w_loc_measurement.load_training_state(state["w_loc_measurement"])
 
@@ -299,7 +299,7 @@ def _event_storage() -> EventStorage | None:
 
 
 def _mean_over_processes(sums: _Sums) -> _Sums:
-    """Average the sums over all processes: one collective a step, whatever each of them found."""
+    """Average the sums over all processes: one collective a step, also without positives."""
     world_size = comm.get_world_size()
     if world_size == 1:
         return sums

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..threads import CPU_BLOCK, run_in_threads
 
-# Anchors of a block: neighbours on one level, which overlap few of the boxes. A GPU needs more.
+# Anchors of a block: neighbours on one level, which overlap few boxes. A GPU needs larger blocks.
 _CPU_ANCHORS, _GPU_ANCHORS = 1 << 10, 1 << 16
 # Pairs of an anchor and a box at a time, which bounds the memory.
 _GPU_PAIRS = 1 << 24
@@ -60,7 +60,7 @@ def label_anchors(
 def _match(
     blocks: list[Tensor], hulls: Tensor, boxes: Tensor, matcher: Matcher
 ) -> tuple[Tensor, Tensor]:
-    """What ``matcher`` makes of the IoU (G, R), of which only blocks with an overlap are computed.
+    """Apply ``matcher`` to the IoU (G, R), computing only blocks of anchors that overlap a box.
 
     Args:
         blocks: B tensors (4, R_b), the anchors.
@@ -105,7 +105,7 @@ def _match(
                 highest[near] = torch.maximum(highest[near], iou.amax(dim=1))
 
     run_in_threads(match_blocks, jobs, torch.get_num_threads() if on_cpu else 1)
-    match.masked_fill_(best == 0, 0)  # of equal ones the first, as in detectron2
+    match.masked_fill_(best == 0, 0)  # the first of equal ones, as in detectron2
     label = matcher(best[None])[1]
     if matcher.allow_low_quality_matches:
         _label_best_anchors(label, blocks, boxes, best_of_box)
@@ -124,7 +124,7 @@ def _label_best_anchors(
         best_of_box: (B, G), the highest IoU of each box in each block.
     """
     highest = best_of_box.amax(dim=0)
-    # The best IoU of a box that overlaps no anchor is 0, which all anchors have with it.
+    # A box that overlaps no anchor has IoU 0 with all of them, so all are its best.
     label.masked_fill_((highest == 0).any(), 1)
     has_highest = _indices((best_of_box == highest) & (highest > 0))
     labels = label.split([block.shape[1] for block in blocks])

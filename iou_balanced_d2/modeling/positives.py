@@ -1,4 +1,4 @@
-"""Finding the positives of a batch once, as indices: everything about boxes has P rows after it."""
+"""Find the positives of a batch once, as indices; later all tensors of boxes have P rows."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Positives(NamedTuple):
 
     @property
     def num(self) -> int:
-        """P, known without asking the device."""
+        """P, without waiting for the device."""
         return sum(self.per_level)
 
     @property
@@ -47,10 +47,10 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
         num_classes: number of classes, K.
 
     Returns:
-        the positives. Counting and indexing them is where the host waits for the device, once.
+        the positives. The host waits once for the device, to count and index them.
 
     Raises:
-        ValueError: if a label is above K; a GPU would end the process without a reason.
+        ValueError: if a label is above K; a GPU would end the process without naming the cause.
     """
     num_images = len(gt_labels)
     no_labels = torch.zeros(0, sum(level_sizes), dtype=torch.int64)
@@ -119,7 +119,7 @@ def gather_anchors(anchors: list[Tensor], positives: Positives) -> Tensor:
 def gather_gt_boxes(gt_boxes: list[Tensor], level_sizes: list[int], positives: Positives) -> Tensor:
     """Pick the positives' ground truth (P, 4) out of N tensors (R, 4), one box for each anchor.
 
-    Image by image, as stacking them would copy all N * R boxes.
+    It goes image by image, as stacking would copy all N * R boxes.
     """
     boxes, start = [], 0
     for size, target, counts in zip(level_sizes, positives.targets, positives.blocks, strict=True):

@@ -1,7 +1,7 @@
 """Test-time augmentation of dense detectors, which detectron2 has for its R-CNNs only.
 
-An image is looked at in several sizes, and mirrored; the boxes found before non-maximum suppression
-are mapped back into the original image and go through one suppression together.
+The detector gets an image in several sizes, and mirrored. The boxes found before non-maximum
+suppression are mapped back into the original image and go through one suppression together.
 """
 
 import copy
@@ -44,7 +44,7 @@ class DenseDetectorWithTTA(nn.Module):
         """Wrap a detector.
 
         Args:
-            cfg: the full config; of it TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP and INPUT.FORMAT are
+            cfg: the full config; TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP and INPUT.FORMAT are
                 read.
             model: the detector, wrapped in DDP or not; its weights are used, not copied.
             tta_mapper: gives the versions of an image, each with its "transforms"; None takes
@@ -82,7 +82,7 @@ class DenseDetectorWithTTA(nn.Module):
         """The input with its image and its size."""
         complete = copy.copy(image_input)
         if "image" not in complete:
-            # At its own resolution, so that it is resampled once for each version.
+            # At its own resolution, so that each version is resampled once.
             image = read_image(complete["file_name"], self.input_format)
             complete["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         height, width = complete["image"].shape[-2:]
@@ -109,7 +109,7 @@ class DenseDetectorWithTTA(nn.Module):
 
     @torch.no_grad()
     def _candidates(self, batch: list[Input]) -> list[Instances]:
-        """What the detector finds in each image, not suppressed, boxes in the frame of "image".
+        """The detections in each image before suppression, boxes in the frame of "image".
 
         These are the steps of ``DenseDetector.forward`` but for its post-processing, which would
         clip the boxes: the plain detector suppresses before it clips.

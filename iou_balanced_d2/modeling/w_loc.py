@@ -10,11 +10,11 @@ from ..losses import LossOptions, iou_balanced_loc_weights
 # Below this share of the plain loss the boxes hardly overlap their ground truth yet (FCOS starts
 # at IoU 0), and a w_loc measured there would be over 10 and blow up the loss of later steps.
 _MIN_BALANCED_SHARE = 0.1
-# Heads that start at noise (with normalisation layers) gave 5.5 and more, and a worse detector.
+# Heads that start at noise (with normalisation layers) gave 5.5 and more and worse detectors.
 _LARGE_W_LOC = 5.0
-# Why it may be so large, and what to do.
+# Causes of a large value, and what to do.
 _BAD_ANCHORS = (
-    "the anchors overlap the objects little (tools/check_dataset.py tells how many they meet)",
+    "the anchors overlap the objects little (tools/check_dataset.py says how many they match)",
     "anchors that fit the objects",
 )
 _BAD_BOXES = (
@@ -33,7 +33,7 @@ class WLocMeasurement(nn.Module):
     :class:`IoUBalancedLoss`.
 
     Attributes:
-        w_loc: float64 scalar; 0 while it is not known.
+        w_loc: float64 scalar; 0 until it is known.
         sums: (5,) float64, over the steps measured so far: their number, the box loss,
             iou^lambda * box loss, each step's own w_loc, and its square.
     """
@@ -49,7 +49,7 @@ class WLocMeasurement(nn.Module):
         """
         super().__init__()
         self.options = options
-        # With lambda 0 there is nothing to make up for, nor to measure.
+        # With lambda 0 there is nothing to make up for.
         self._fixed = options.loc_weight or float(options.loc_lambda == 0)
         self._settled = self._fixed > 0
         self._num_updates = 0
@@ -63,7 +63,7 @@ class WLocMeasurement(nn.Module):
 
     @torch.no_grad()
     def update(self, loc_sum: Tensor, loc_balanced_sum: Tensor) -> None:
-        """Take in one training step.
+        """Add one training step to the measurement.
 
         Args:
             loc_sum: float64 scalar, plain box loss summed over the positives of all processes
@@ -73,8 +73,8 @@ class WLocMeasurement(nn.Module):
         if self._settled:
             return
         step_w_loc = loc_sum / loc_balanced_sum
-        # NaN sums (diverged deltas) and sums of 0 (no positives) compare as "can't measure"; so
-        # does what the weights' type can't hold, as inf * 0 would be NaN.
+        # Not usable: NaN sums (diverged deltas), sums of 0 (no positives), and values beyond the
+        # weights' type, as inf * 0 would be NaN.
         usable = (loc_balanced_sum > 0) & torch.isfinite(step_w_loc.float())
         if self.options.loc_weight_rule == "running":
             self.w_loc.copy_(torch.where(usable, step_w_loc, 0.0))
@@ -88,7 +88,7 @@ class WLocMeasurement(nn.Module):
         self._settle()
 
     def _settle(self) -> None:
-        """Log the value once it is kept; the host waits for the device only shortly before."""
+        """Log the final value; the host waits for the device only when it may be near."""
         self._num_updates += 1
         if self._num_updates < self.options.loc_weight_steps:
             return
@@ -115,13 +115,13 @@ class WLocMeasurement(nn.Module):
             )
 
     def weights(self, iou: Tensor) -> Tensor:
-        """Eq. 4, (P,) without gradient; 1 for all positives while w_loc is not known yet."""
+        """Eq. 4, (P,) without gradient; 1 for all positives until w_loc is known."""
         w_loc = self.w_loc.to(iou.dtype)
         weights = iou_balanced_loc_weights(iou, lambda_=self.options.loc_lambda, w_loc=w_loc)
         return torch.where(w_loc > 0, weights, torch.ones_like(weights))
 
     def mean_weight(self, loc_sum: Tensor, loc_balanced_sum: Tensor) -> Tensor:
-        """What the box loss weighs against the plain one on the positives of these sums."""
+        """The box loss divided by the plain one, on the positives of these sums."""
         return torch.where(self.w_loc > 0, self.w_loc * loc_balanced_sum / loc_sum, 1.0)
 
     def training_state(self) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class WLocMeasurement(nn.Module):
 
     @torch.no_grad()
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Take up the state of a checkpoint; a value set by the user stays as set."""
+        """Restore the state of a checkpoint; a value set by the user stays as set."""
         if self._fixed:
             return
         for name, buffer in self.named_buffers():

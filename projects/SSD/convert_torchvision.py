@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write torchvision's SSD300-VGG16 or VGG16 weights as a checkpoint of this project.
 
-Loading (MODEL.WEIGHTS) does the same by itself; this is for choosing classes. torchvision's COCO
+Loading by MODEL.WEIGHTS does the same; this script also chooses classes. torchvision's COCO
 model has 90 classes, ten of which COCO does not use: --coco keeps COCO's 80.
 
 python projects/SSD/convert_torchvision.py ssd300_vgg16_coco-b556d3b4.pth ssd300_coco.pth --coco

@@ -24,7 +24,7 @@ _NUM_POS_START = 300.0  # detectron2's FCOS
 
 
 class FCOS(detectron2_fcos.FCOS):
-    """detectron2's FCOS, which has no ``from_config`` of its own, with one."""
+    """detectron2's FCOS with a ``from_config``, which it lacks."""
 
     @configurable
     def __init__(self, **fcos: Any):
@@ -65,7 +65,7 @@ class FCOS(detectron2_fcos.FCOS):
         }
 
 
-# Another project, or a later detectron2, may have taken the name; its FCOS is left in place.
+# Another project, or a later detectron2, may have registered the name; its FCOS stays.
 if "FCOS" not in META_ARCH_REGISTRY:
     META_ARCH_REGISTRY.register(FCOS)
 
@@ -75,8 +75,8 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
     """detectron2's FCOS with another ``losses()``: same parameters, same inference.
 
     The classification loss is balanced by eq. 2, or is one of its rivals, and the GIoU loss by
-    eq. 4; centerness is left alone. The ``state_dict`` is FCOS's, so checkpoints load strictly both
-    ways.
+    eq. 4; centerness stays as it is. The ``state_dict`` is FCOS's, so checkpoints load strictly
+    both ways.
     """
 
     @configurable
@@ -159,7 +159,7 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
         def centerness_loss(positives: Positives, anchor: Tensor, gt: Tensor) -> dict[str, Tensor]:
             # float32 also under autocast, as the other two.
             centerness = gather_rows(pred_centerness, positives).squeeze(dim=1).float()
-            # The P positives as one level of one image, which is all that is looked at.
+            # The function reads only the positives, so they pass as one level of one image.
             target = self.compute_ctrness_targets([Boxes(anchor)], [gt]).squeeze(dim=0)
             loss = F.binary_cross_entropy_with_logits(centerness, target, reduction="sum")
             return {"loss_ctr": loss}

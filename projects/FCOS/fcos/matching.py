@@ -79,8 +79,8 @@ def _match_blocks(
             near = inside.all(dim=1).nonzero().squeeze(1)
             if not len(near):
                 continue
-            # The first and the last level have bounds of their own; a point before and one behind
-            # keep the block where it is.
+            # The first and the last level have bounds of their own; a point before and one after
+            # keep the block on its own level.
             first, last = level == 0, level == len(anchors) - 1
             levels = [points[:1]] * (not first) + [points] + [points[:1]] * (not last)
             found = match(gt[near], [Boxes(x) for x in levels])

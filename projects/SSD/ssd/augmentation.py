@@ -108,14 +108,14 @@ class CenterCropTransform(T.CropTransform):
 
 
 class RandomIoUCrop(T.Augmentation):
-    """A random part of the image that has an IoU of at least so much with one of the objects.
+    """A random part of the image whose IoU with one of the objects reaches a threshold.
 
-    So much is drawn from ``CROP_IOUS``. The part's sides are 0.3 to 1 times the image's, one at
-    most twice as long as the other.
+    The threshold is drawn from ``CROP_IOUS``. The part's sides are 0.3 to 1 times the image's, one
+    at most twice as long as the other.
     """
 
     def get_transform(self, image: npt.NDArray[np.uint8], boxes: Array) -> T.Transform:
-        """Draw the part; the whole image where it has no boxes or "whole" is drawn."""
+        """Draw the part; it is the whole image if there are no boxes or None is drawn."""
         height, width = image.shape[:2]
         while len(boxes):
             min_iou = CROP_IOUS[np.random.randint(len(CROP_IOUS))]
@@ -141,7 +141,7 @@ class RandomIoUCrop(T.Augmentation):
 
 
 def centers_inside(boxes: Array, windows: Array) -> npt.NDArray[np.bool_]:
-    """Which of the windows (W, 4) have which boxes' (M, 4) centres in them, (W, M)."""
+    """Whether a window (W, 4) holds the centre of a box (M, 4): (W, M) bool."""
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     after = center[None] >= windows[:, None, :2]
     before = center[None] < windows[:, None, 2:]

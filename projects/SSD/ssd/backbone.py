@@ -1,4 +1,4 @@
-"""What gives SSD its feature maps: a network of one's choice and extra layers on top of it."""
+"""SSD's feature maps: those of a network, and of extra layers on top of it."""
 
 from collections.abc import Sequence
 

@@ -88,9 +88,9 @@ def _cell_boxes(size: int, scale: float, next_scale: float, ratios: Sequence[flo
 class SSDMatcher:
     """Positives are boxes of IoU >= threshold, and each ground truth's best box.
 
-    Unlike detectron2's Matcher with ``allow_low_quality_matches``, that best box belongs to this
-    ground truth even where it overlaps another one more, and ties give one box; with several
-    ground truths the last one has it.
+    Unlike in detectron2's Matcher with ``allow_low_quality_matches``, that best box belongs to this
+    ground truth even if it overlaps another one more, and ties give one box. A box that is the best
+    of several ground truths belongs to the last of them.
     """
 
     def __init__(self, threshold: float):
@@ -115,7 +115,7 @@ class SSDMatcher:
             matches = torch.zeros(iou.shape[1], dtype=torch.int64, device=iou.device)
             return matches, matches.to(torch.int8)
         best_iou, matches = iou.max(dim=0)
-        # A maximum, as which of several writes to one place wins is not defined.
+        # The maximum, as the order of several writes to one place is not defined.
         truths = torch.arange(len(iou), device=iou.device)
         owner = torch.full_like(matches, -1).scatter_reduce(0, iou.argmax(dim=1), truths, "amax")
         labels = (best_iou >= self.threshold) | (owner >= 0)

@@ -55,8 +55,8 @@ def mined_sum(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> T
 class SSDLoss(IoUBalancedLoss):
     """:class:`IoUBalancedLoss` on softmax scores: (N, R_l, K + 1) logits, background last.
 
-    "CE" of eq. 1 and 2 is the softmax cross-entropy. The weights come before the hard negatives
-    are chosen, so that these are SSD's own.
+    "CE" of eq. 1 and 2 is the softmax cross-entropy. The hard negatives are chosen after the
+    positives are weighted; they are those of plain SSD.
     """
 
     def __init__(self, *, neg_pos_ratio: float = 3.0, **iou_balanced: Any):

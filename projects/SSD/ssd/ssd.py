@@ -135,7 +135,7 @@ class SSD(DenseDetector, DetectorInterface):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The parts as ``MODEL.SSD`` says; all feature maps of the backbone are detected on."""
+        """The parts by ``MODEL.SSD``; the head reads all feature maps of the backbone."""
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         anchor_generator = build_anchor_generator(cfg, list(shapes.values()))
@@ -178,7 +178,7 @@ class SSD(DenseDetector, DetectorInterface):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As any module's; takes torchvision's VGG16 and SSD300 as well (see ``convert.py``)."""
+        """As of any module; also takes torchvision's VGG16 and SSD300 (see ``convert.py``)."""
         return super().load_state_dict(convert_torchvision(state_dict, self), *args, **kwargs)
 
     def forward_training(

@@ -25,7 +25,7 @@ def xavier_init(module: nn.Module) -> None:
 
 
 class L2Norm(nn.Module):
-    """Give the channels of each pixel length 1, times a learnt scale a channel (ParseNet)."""
+    """Normalise each pixel's channels to length 1, times a learnt scale a channel (ParseNet)."""
 
     def __init__(self, channels: int, scale: float = 20.0):
         """Start with one scale for all channels.
