@@ -232,7 +232,10 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     torchrun += ["--rdzv-id", "x", "--max-restarts", "1"]
-    agents = [start("--config-file", own_config, *LONG, before=torchrun) for _ in range(2)]
+    # Else a process may read the addresses of those before the restart, see docs/distributed.md.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    words = ["--config-file", own_config, *LONG]
+    agents = [start(*words, before=torchrun, **environment) for _ in range(2)]
     wait_for((out / "last_checkpoint").exists, agents[0])
     for path in out.glob("model_*.pth"):  # the host's clock says nothing
         os.utime(path, (1e9, 1e9))
@@ -240,6 +243,31 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agents[0])
     resumed = printed(tmp_path).split("Loading from out/")[1].split(" ")[0]
     wait_for(lambda: max(p.name for p in out.glob("model_0*.pth")) > resumed, agents[0])
+
+
+DISAGREEING = """
+import os, sys
+from iou_balanced_d2.engine import find_placement, launch
+from iou_balanced_d2.engine.main import launch_argument_parser
+from iou_balanced_d2.errors import UserError
+args = launch_argument_parser().parse_args([])
+try:
+    launch(print, args, find_placement(args), device="cpu", facts={"x": os.environ["RANK"]})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_under_torchrun_one_process_prints_a_disagreement(tmp_path):
+    script = tmp_path / "disagreeing.py"
+    script.write_text(DISAGREEING)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("x is 1 there, 0 here") == 1
 
 
 def test_sigterm_ends_processes_that_are_only_being_started(tmp_path, own_config, start):
