@@ -120,7 +120,7 @@ class RobustCheckpointer(DetectionCheckpointer):
             resume: whether to look for a checkpoint.
 
         Returns:
-            what the checkpoint holds besides.
+            the rest of the checkpoint.
 
         Raises:
             UserError: if there are checkpoints, but none can be read.

@@ -139,7 +139,7 @@ class _Run:
         from torch.distributed.launcher.api import elastic_launch
 
         for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
-            agent = logging.getLogger(f"torch.{name}")  # it logs every failure, at length
+            agent = logging.getLogger(f"torch.{name}")  # else it logs each failure's traceback
             agent.addHandler(logging.NullHandler())
             agent.propagate = False
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)
@@ -203,9 +203,9 @@ class _Run:
                 raise
             except Exception as error:
                 repeated = isinstance(error, CommonError) and comm.get_local_rank() > 0
-                if repeated or lost_connection(error):  # another process's error is to be shown
+                if repeated or lost_connection(error):  # let another process print its error
                     time.sleep(_NOTICED)
-                raise  # the group may wait for processes that are gone: it ends with this process
+                raise  # (without destroying the group, which may wait for dead processes)
             dist.destroy_process_group()
 
 

@@ -120,8 +120,8 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
         trust: read whatever Python objects the file holds. That can run code.
 
     Returns:
-        the weights under "model", tensors on the CPU or arrays; "matching_heuristics" says that
-        their names are to be matched to the model's; a training's state besides.
+        the weights under "model", tensors on the CPU or arrays; "matching_heuristics" if their
+        names must be matched to the model's; the training's state.
 
     Raises:
         BrokenCheckpoint: if the file can't be read.

@@ -1,4 +1,4 @@
-"""Starting processes as users do: by flags and by torchrun; and how such runs end."""
+"""Processes started as users do, by flags and by torchrun, and how such runs end."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def start(tmp_path):
 
 
 def behave(how, folder, args):
-    """What one of two processes does: rank 1 what is asked for, rank 0 waits for it."""
+    """One of two processes: rank 1 fails as asked for, rank 0 waits for it."""
     rank = comm.get_rank()
     (Path(folder) / f"{rank}.json").write_text(
         json.dumps([torch.get_num_threads(), comm.get_world_size(), comm.get_local_size()])
@@ -127,7 +127,7 @@ def behave(how, folder, args):
         time.sleep(0.5)
         if how == "error":
             raise ValueError("of rank 1")
-        if how == "exit":  # as by results that are not those expected
+        if how == "exit":  # as after results other than those expected
             raise SystemExit(1)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -237,7 +237,7 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     words = ["--config-file", own_config, *LONG]
     agents = [start(*words, before=torchrun, **environment) for _ in range(2)]
     wait_for((out / "last_checkpoint").exists, agents[0])
-    for path in out.glob("model_*.pth"):  # the host's clock says nothing
+    for path in out.glob("model_*.pth"):  # which is the last must not follow from the clock
         os.utime(path, (1e9, 1e9))
     os.kill(workers_of(agents[1].pid)[0], signal.SIGKILL)
     wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agents[0])
