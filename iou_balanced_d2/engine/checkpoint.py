@@ -65,10 +65,10 @@ def from_main_process(function: Callable[[], T]) -> T:
             outcome[1] = error
     # By gloo, as NCCL would need all of it on the GPU.
     dist.broadcast_object_list(outcome, src=0, group=comm._get_global_gloo_group())
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+    result: T = outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return result
 
 
 class RobustCheckpointer(DetectionCheckpointer):

@@ -1,5 +1,6 @@
 """Processes started as users do, by flags and by torchrun, and how such runs end."""
 
+import importlib
 import json
 import os
 import signal
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed import distributed_c10d
 
+from iou_balanced_d2.engine.agreement import CommonError
 from iou_balanced_d2.engine.launch import Placement, _join, find_placement, launch
 from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.errors import UserError
 
 from ..command import ROOT
 
+# (The package has a function of this name.)
+engine_launch = importlib.import_module("iou_balanced_d2.engine.launch")
 TRAIN_NET = str(ROOT / "train_net.py")
 
 
@@ -93,6 +97,24 @@ def test_machines_that_do_not_meet_end_after_the_time_out(monkeypatch):
         assert f"no meeting at --dist-url {url}: " in str(caught.value)
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_of_each_machine_one_process_prints_an_error_of_all(monkeypatch):
+    """The launcher or torchrun ends the others in the time that they wait."""
+
+    def disagree(facts):
+        raise CommonError("rank 1 disagrees")
+
+    waits = []
+    monkeypatch.setattr(engine_launch, "_join", lambda *_: None)
+    monkeypatch.setattr(engine_launch, "check_same", disagree)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    args = launch_argument_parser().parse_args([])
+    for rank, expected in ((0, 0), (1, 1)):
+        monkeypatch.setattr(comm, "get_local_rank", lambda rank=rank: rank)
+        with pytest.raises(UserError, match="rank 1 disagrees"):
+            launch(print, args, Placement(2, 1, 0, started=True), device="cpu", facts={})
+        assert len(waits) == expected
 
 
 @pytest.fixture
@@ -243,31 +265,6 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agents[0])
     resumed = printed(tmp_path).split("Loading from out/")[1].split(" ")[0]
     wait_for(lambda: max(p.name for p in out.glob("model_0*.pth")) > resumed, agents[0])
-
-
-DISAGREEING = """
-import os, sys
-from iou_balanced_d2.engine import find_placement, launch
-from iou_balanced_d2.engine.main import launch_argument_parser
-from iou_balanced_d2.errors import UserError
-args = launch_argument_parser().parse_args([])
-try:
-    launch(print, args, find_placement(args), device="cpu", facts={"x": os.environ["RANK"]})
-except UserError as error:
-    sys.exit(str(error))
-"""
-
-
-def test_under_torchrun_one_process_prints_a_disagreement(tmp_path):
-    script = tmp_path / "disagreeing.py"
-    script.write_text(DISAGREEING)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(script)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("x is 1 there, 0 here") == 1
 
 
 def test_sigterm_ends_processes_that_are_only_being_started(tmp_path, own_config, start):
