@@ -19,8 +19,8 @@ import warnings
 from typing import Any
 
 from iou_balanced_d2.engine import find_placement, launch
-from iou_balanced_d2.engine.agreement import flatten
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
+from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
@@ -155,9 +155,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         model, cfg.train.output_dir, trainer=trainer, iou_balanced=LossState(model)
     )
     trainer.register_hooks(build_hooks(cfg, model, checkpointer))
-    resume = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
 
 
 def main(args: argparse.Namespace) -> None:

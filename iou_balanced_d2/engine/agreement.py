@@ -18,22 +18,24 @@ import iou_balanced_d2
 
 from .. import projects
 from ..errors import UserError
+from .config import flatten
 
-# What may differ from host to host.
+# Keys that may differ from host to host.
 _OWN_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
-# The place of the paths in each entry of these keys.
+# Where each entry of these keys has its paths.
 _OWN_PATHS = {"DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,)}
 _SHOWN = 3  # differences named in a message
 
 
-def check_same(facts: Mapping[str, str]) -> None:
-    """Compare facts with those of all other processes; each process must call this.
+class CommonError(UserError):
+    """An error that all processes raise together: one of each machine is to print it."""
 
-    Args:
-        facts: by name.
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compare facts, by name, with those of all other processes; each process must call this.
 
     Raises:
-        UserError: in every process, naming the first that differs from rank 0 and in what.
+        CommonError: naming the first process that differs from rank 0, and in what.
     """
     gathered = comm.all_gather((socket.gethostname(), dict(facts)))
     base_host, base = gathered[0]
@@ -45,7 +47,7 @@ def check_same(facts: Mapping[str, str]) -> None:
                 for k in keys[:_SHOWN]
             )
             more = f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
-            raise UserError(
+            raise CommonError(
                 f"rank {rank} on {host} disagrees with rank 0 on {base_host}: {shown}{more}"
             )
 
@@ -54,11 +56,10 @@ def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
     """Compare the training data of all processes; each process must call this.
 
     Args:
-        dicts: detectron2's dataset dicts, in the order they are drawn in; of paths only the files'
-            names count.
+        dicts: detectron2's dataset dicts in their order; of paths only the files' names count.
 
     Raises:
-        UserError: in every process, if the images or their boxes differ anywhere.
+        CommonError: if the images or their boxes differ anywhere.
     """
     if comm.get_world_size() == 1:
         return
@@ -78,7 +79,7 @@ def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what takes part in a training, with a digest of this package's source."""
+    """The versions of this package (with a digest of its source), detectron2 and torch."""
     digest = hashlib.sha256()
     for name, path in sorted(_sources().items()):
         digest.update(name.encode() + path.read_bytes())
@@ -101,27 +102,12 @@ def _sources() -> dict[str, Path]:
 
 
 def facts_of(cfg: CfgNode, args: argparse.Namespace) -> dict[str, str]:
-    """What all processes must be about to do alike: ``--eval-only`` and the config.
+    """What must be the same in all processes: ``--eval-only`` and the config's values, by key.
 
-    Args:
-        cfg: the full config.
-        args: with eval_only.
-
-    Returns:
-        the config's values as text, by keys joined by dots, without OUTPUT_DIR, MODEL.WEIGHTS and
-        the paths of data sets, which may differ from host to host.
+    OUTPUT_DIR, MODEL.WEIGHTS and the paths of data sets may differ from host to host.
     """
     flat = flatten(cfg)
     for key, places in _OWN_PATHS.items():
         flat[key] = [[x for i, x in enumerate(e) if i not in places] for e in flat.get(key, ())]
     config = {key: str(value) for key, value in flat.items() if key not in _OWN_KEYS}
     return {"--eval-only": str(args.eval_only), **config}
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one, its keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        below = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
-    return flat

@@ -29,14 +29,10 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 
 def checkpoint_files(folder: str) -> list[str]:
-    """The checkpoints that a training can be resumed from.
+    """The paths of a folder's checkpoints, the best to resume from first.
 
-    Args:
-        folder: OUTPUT_DIR.
-
-    Returns:
-        paths, the best to resume from first: the one that ``last_checkpoint`` names, then those
-        before it. Numbers above it are left over from an older, longer training.
+    That is the one that ``last_checkpoint`` names, then those before it. Numbers above it are left
+    over from an older, longer training.
     """
     try:
         names = os.listdir(folder)
@@ -55,16 +51,9 @@ def checkpoint_files(folder: str) -> list[str]:
 
 
 def from_main_process(function: Callable[[], T]) -> T:
-    """Call a function in the main process only; every process gets its result.
+    """Call a function in the main process; every process returns its result or raises its error.
 
-    Args:
-        function: its result, or the error it raises, must be picklable.
-
-    Returns:
-        the result.
-
-    Raises:
-        Exception: what the function raised, in every process.
+    Both must be picklable.
     """
     if comm.get_world_size() == 1:
         return function()
@@ -74,40 +63,37 @@ def from_main_process(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    # Not NCCL's, which would need the whole of it on the GPU.
+    # By gloo, as NCCL would need all of it on the GPU.
     dist.broadcast_object_list(outcome, src=0, group=comm._get_global_gloo_group())
+    result: T = outcome[0]
     if outcome[1] is not None:
         raise outcome[1]
-    result: T = outcome[0]
     return result
 
 
 class RobustCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with whole files, a way back, and no code in checkpoints.
+    """detectron2's checkpointer that writes whole files, falls back, and runs no code of a file.
 
-    The main process decides what is loaded, reads it and hands it to the others: hosts need no
+    The main process decides what is loaded, reads it and sends it to the others: hosts need no
     common file system.
+
+    Args:
+        model: the detector, wrapped in DDP or not.
+        save_dir: OUTPUT_DIR.
+        trust: read checkpoints that hold other objects than tensors; that can run code.
+        others: what else is saved and resumed, by name.
+
+    Attributes:
+        resumed: whether the last :meth:`resume_or_load` found a checkpoint.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, trust: bool = False, **others: Any):
-        """Set what is saved and where.
-
-        Args:
-            model: the detector, wrapped in DDP or not.
-            save_dir: OUTPUT_DIR.
-            trust: read checkpoints that hold other objects than tensors; that can run code.
-            others: what is saved and resumed besides, by name.
-        """
         super().__init__(model, save_dir, **others)
         self.trust = trust
-        self.resumed = False  # whether the last resume_or_load went on from a checkpoint
+        self.resumed = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model and all else to ``name.pth``, and have ``--resume`` go on from it.
-
-        Args:
-            name: without extension.
-            kwargs: saved besides.
+        """Save the model, all else and ``kwargs`` to ``name.pth``, for ``--resume`` to go on from.
 
         Raises:
             UserError: if the file can't be written.
@@ -122,13 +108,9 @@ class RobustCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the file that ``--resume`` goes on from."""
+        """Write the name of the file that ``--resume`` goes on from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
-
-    def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from on this machine."""
-        return bool(checkpoint_files(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest checkpoint that can be read, or load weights.
@@ -138,7 +120,7 @@ class RobustCheckpointer(DetectionCheckpointer):
             resume: whether to look for a checkpoint.
 
         Returns:
-            what the checkpoint holds besides.
+            the rest of the checkpoint.
 
         Raises:
             UserError: if there are checkpoints, but none can be read.
@@ -152,32 +134,21 @@ class RobustCheckpointer(DetectionCheckpointer):
         return self._apply(checkpoint, None if self.resumed else [])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load one file.
-
-        Args:
-            path: a file or an address that detectron2 knows; "" for none.
-            checkpointables: what is loaded beside the model; None for all.
-
-        Returns:
-            what the file holds besides.
-
-        Raises:
-            UserError: if it can't be read.
-        """
+        """Load one file, or an address that detectron2 knows; see detectron2's."""
         return self._apply(from_main_process(lambda: self._read(path)), checkpointables)
 
     def _read_newest(self, files: list[str]) -> dict[str, Any]:
-        for file, before in zip(files, [*files[1:], ""], strict=True):
-            try:
-                return self._read(file)
-            except BrokenCheckpoint as error:
-                if not before:
-                    raise UserError(
-                        f"{error}; no other checkpoint in {self.save_dir!r} can be resumed from: "
-                        "start without --resume"
-                    ) from error
-                logger.warning(f"{error}; trying the one before, {before!r}")
-        raise AssertionError("without files there is nothing to call this for")
+        file, *before = files
+        try:
+            return self._read(file)
+        except BrokenCheckpoint as error:
+            if not before:
+                raise UserError(
+                    f"{error}; no other checkpoint in {self.save_dir!r} can be resumed from: "
+                    "start without --resume"
+                ) from error
+            logger.warning(f"{error}; trying the one before, {before[0]!r}")
+        return self._read_newest(before)
 
     def _read(self, path: str) -> dict[str, Any]:
         if not path:
@@ -197,14 +168,14 @@ class RobustCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _fetch(self, path: str, address: str) -> str:
-        """The file that holds what is at an address, downloaded if need be."""
+        """The file at an address, downloaded if it isn't local."""
         if "://" not in address:
             return address
         try:
             if ".." in address.split("/"):  # the cache's folders follow the address
                 raise ValueError("an address with '..' in it")
             file: str = self.path_manager.get_local_path(address)
-        except Exception as error:  # whatever the handler of such addresses raises
+        except Exception as error:  # each handler of addresses raises its own
             reason = " ".join(str(getattr(error, "reason", None) or error).split())
             raise UserError(
                 f"{path!r} can't be downloaded: {reason or type(error).__name__}: download it "
@@ -236,13 +207,11 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     """One line on layers that don't fit because the model has another number of classes.
 
     Args:
-        model: a dense detector with ``num_classes``; its :class:`DetectorInterface` says how many
-            scores each anchor has beside the classes'.
-        mismatches: what fvcore's checkpointer found, ``incorrect_shapes`` of its result.
+        model: a dense detector with ``num_classes``.
+        mismatches: ``incorrect_shapes`` of what fvcore's checkpointer found.
 
     Returns:
-        names, both numbers of classes and what happens to the layers; "" if all layers fit, or if
-        one doesn't for another reason.
+        the line; "" if all layers fit, or if one doesn't for another reason.
     """
     mismatches = list(mismatches)
     num_classes = getattr(model, "num_classes", None)
@@ -273,17 +242,15 @@ def _classes_in_checkpoint(mismatch: Mismatch, num_classes: int, background: int
 
 
 class LossState:
-    """The training state of the losses as a checkpointable, saved and resumed beside the weights.
+    """The training state of a model's losses as a checkpointable, saved beside the weights.
 
-    Not part of the weights: fine-tuning starts with a state of its own.
+    Not part of the weights: fine-tuning starts with a new state.
+
+    Args:
+        model: the detector, wrapped in DDP or not; it may hold no IoU-balanced loss.
     """
 
     def __init__(self, model: nn.Module):
-        """Find the losses of a model.
-
-        Args:
-            model: the detector, wrapped in DDP or not; it may hold no IoU-balanced loss at all.
-        """
         self.losses = [m for m in model.modules() if isinstance(m, IoUBalancedLoss)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +258,6 @@ class LossState:
         return {"losses": [loss.training_state() for loss in self.losses]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a :meth:`state_dict`; that of a plain detector's checkpoint holds nothing."""
+        """Load a :meth:`state_dict`; a plain detector's is empty."""
         for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
             loss.load_training_state(loss_state)

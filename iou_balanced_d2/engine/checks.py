@@ -1,4 +1,4 @@
-"""Checks of a run's config before anything is written or started."""
+"""Checks of a config before a run writes or starts anything."""
 
 import logging
 import os
@@ -56,9 +56,7 @@ def check_training(cfg: CfgNode) -> None:
 
 
 def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
-    """Check that the weights to start from exist, and that there are some to evaluate.
-
-    A detector may have its own conditions, see :class:`DetectorInterface`.
+    """Check that MODEL.WEIGHTS exists, that there is something to evaluate, and the detector's own.
 
     Raises:
         UserError: naming the file, or what to give.
@@ -73,18 +71,12 @@ def check_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> None:
         )
     if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
         raise UserError(f"MODEL.WEIGHTS {weights!r} not found")
-    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if not eval_only:
-        interface_of(detector).check_weights(cfg)
+        interface_of(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)).check_weights(cfg)
 
 
 def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
-    """Check the number of processes against the machine and the batch.
-
-    Args:
-        cfg: the full config.
-        num_gpus: processes of each machine.
-        num_machines: machines.
+    """Check the number of processes (num_gpus on each machine) against the GPUs and the batch.
 
     Raises:
         UserError: naming the flag or key.
@@ -111,13 +103,12 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
 
 
 def warn_linear_rule(cfg: CfgNode) -> None:
-    """Warn when batch and learning rate are off the linear rule, for training from weights.
+    """Warn if batch and learning rate don't follow the linear rule, for training from weights.
 
     (From scratch, with normalisation in the head, other rates are right.)
     """
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
-    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    rate_per_image = interface_of(detector).lr_per_image
+    rate_per_image = interface_of(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)).lr_per_image
     expected = rate_per_image * batch
     if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
         logger.warning(
@@ -128,7 +119,7 @@ def warn_linear_rule(cfg: CfgNode) -> None:
 
 
 def check_output_dir(cfg: CfgNode) -> None:
-    """Make sure that files can be written to OUTPUT_DIR. The last check, as it makes the folder.
+    """Check that OUTPUT_DIR can be written. The last check, as it makes the folder.
 
     Raises:
         UserError: naming the folder.

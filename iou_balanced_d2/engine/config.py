@@ -1,10 +1,10 @@
-"""From a config file and KEY VALUE options to a config, with errors that name the culprit."""
+"""From a config file and KEY VALUE options to a config; errors name file, key and value."""
 
 import difflib
-import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -14,11 +14,9 @@ from ..config import add_iou_balanced_config
 from ..errors import UserError
 from ..projects import add_project_configs
 
-logger = logging.getLogger(__name__)
-
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Build the config of a run. Config files hold values only: none of them runs code.
+    """Build the config of a run. Config files hold only values: none of them runs code.
 
     Args:
         config_file: path of a YAML file.
@@ -35,7 +33,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_project_configs(cfg)
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file!r} not found")
-    keys = set(_flat_keys(cfg))
+    keys = set(flatten(cfg))
     for key in opts[0::2]:
         if key not in keys:
             raise UserError(_unknown_key(key, keys))
@@ -50,11 +48,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _flat_keys(value, f"{prefix}{key}.")
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        below = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return flat
 
 
 def _unknown_key(key: str, keys: set[str]) -> str:
@@ -65,27 +65,22 @@ def _unknown_key(key: str, keys: set[str]) -> str:
 def _explain(error: Exception, keys: set[str]) -> str:
     """One line for whatever YAML and yacs raise."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    unknown = re.search(r"Non-existent config key: (\S+)", text)
-    if unknown:
+    if unknown := re.search(r"Non-existent config key: (\S+)", text):
         return _unknown_key(unknown.group(1), keys)
     if isinstance(error, FileNotFoundError):
         return f"its _BASE_ {error.filename!r} not found"
     if isinstance(error, yaml.constructor.ConstructorError):
-        mark = error.problem_mark  # it may be in one of the files it is based on
+        mark = error.problem_mark  # in the file, or in its _BASE_
         where = f" in line {mark.line + 1} of {mark.name!r}" if mark else ""
         return f"only plain values are allowed: {error.problem}{where}"
     return " ".join(text.split()) or type(error).__name__
 
 
 def choose_device(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
-    """Let MODEL.DEVICE left at its default, "cuda", mean the CPU where there is no CUDA.
-
-    Args:
-        cfg: changed in place.
-        opts: the command line's KEY VALUE pairs; a device asked for there is not replaced.
+    """Change MODEL.DEVICE from its default, "cuda", to the CPU where there is no CUDA.
 
     Raises:
-        UserError: if a CUDA device is asked for on the command line and there is none.
+        UserError: if the file or the KEY VALUE pairs ask for a CUDA device and there is none.
     """
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return

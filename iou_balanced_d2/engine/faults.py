@@ -1,4 +1,4 @@
-"""What can go wrong on a machine, in one line that says what to do."""
+"""Faults of the machine as errors of one line that says what to do."""
 
 import contextlib
 import errno
@@ -7,9 +7,10 @@ import logging
 import re
 import traceback
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import torch
+import torch.distributed as dist
 
 from ..errors import UserError, one_line
 
@@ -18,13 +19,17 @@ _LESS_FOR_TRAINING = (
     "and INPUT.MAX_SIZE_TRAIN"
 )
 _LESS_FOR_TEST = "lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST"
-# Frames of detectron2's and our own evaluation.
+# Functions of detectron2's evaluation and of our own.
 _EVALUATION = {"inference_on_dataset", "validation_losses"}
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|Cannot allocate memory", re.I)
 _WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.S)
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout",
     re.I,
+)
+# PyTorch's errors of connections; before 2.1 only the second exists.
+_DIST_ERRORS = tuple(
+    getattr(dist, name) for name in ("DistError", "DistBackendError") if hasattr(dist, name)
 )
 
 
@@ -42,34 +47,24 @@ def user_error(error: BaseException) -> UserError | None:
 
 
 def lost_connection(error: BaseException) -> str:
-    """The reason why another process could not be reached, "" for any other error.
+    """Why another process could not be reached; "" for any other error.
 
     Args:
-        error: as raised by a collective of gloo or NCCL, or by their meeting place.
+        error: of a collective of gloo or NCCL, or of a rendezvous.
 
     Returns:
-        the first line of PyTorch's message, without the place in its source, and what NCCL gives
-        as its last error.
+        the first line of PyTorch's message, and NCCL's last error.
     """
     if isinstance(error, UserError):
         return lost_connection(error.__cause__) if error.__cause__ else ""
-    is_lost = isinstance(error, _distributed_errors()) or (
-        type(error) is RuntimeError and _LOST.search(str(error))
-    )
-    if not is_lost:
+    found = type(error) is RuntimeError and _LOST.search(str(error))
+    if not (found or isinstance(error, _DIST_ERRORS)):
         return ""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = re.sub(r"^\[[^\]]*\] ?", "", line)
+    line = re.sub(r"^\[[^\]]*\] ?", "", line)  # the place in PyTorch's source
     if cause := re.search(r"^Last error:\s*(.+)", str(error), re.M):
         line = f"{line}: {cause[1].strip()}"
     return f"{line} (--dist-timeout)" if "Timed out" in line else line
-
-
-def _distributed_errors() -> tuple[type[BaseException], ...]:
-    """PyTorch's own, as far as this version has them."""
-    names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
-    found = [getattr(torch.distributed, name, None) for name in names]
-    return tuple(kind for kind in found if kind is not None)
 
 
 def _no_memory(error: BaseException) -> str:
@@ -81,9 +76,8 @@ def _no_memory(error: BaseException) -> str:
     )
     if not (on_gpu or on_cpu):
         return ""
-    frames = _frames(error.__traceback__)
-    in_evaluation = any(frame.f_code.co_name in _EVALUATION for frame in frames)
-    less = _LESS_FOR_TEST if in_evaluation else _LESS_FOR_TRAINING
+    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    less = _LESS_FOR_TEST if functions & _EVALUATION else _LESS_FOR_TRAINING
     if on_gpu:
         return f"out of memory on the GPU: {less}, or set SOLVER.AMP.ENABLED True"
     return f"out of memory: {less}, or DATALOADER.NUM_WORKERS"
@@ -99,8 +93,8 @@ def _no_space(error: BaseException) -> str:
 
 
 def _open_file(trace: TracebackType | None) -> str:
-    """The file that was being written: the system names it on opening only."""
-    for frame in reversed(_frames(trace)):
+    """The file that was being written: the system names a file only where it is opened."""
+    for frame, _ in reversed(list(traceback.walk_tb(trace))):
         for value in frame.f_locals.values():
             if isinstance(value, io.IOBase) and isinstance(getattr(value, "name", None), str):
                 return str(value.name)  # type: ignore[attr-defined]
@@ -112,18 +106,14 @@ def _worker_ended(error: BaseException) -> str:
         return ""
     why = " ".join(str(error).split())
     return (
-        f"{why} If it was for want of memory: lower DATALOADER.NUM_WORKERS, or make /dev/shm "
-        "larger; --resume goes on from the last checkpoint"
+        f"{why} If memory ran out: lower DATALOADER.NUM_WORKERS, or make /dev/shm larger; "
+        "--resume goes on from the last checkpoint"
     )
-
-
-def _frames(trace: TracebackType | None) -> list[FrameType]:
-    return [frame for frame, _ in traceback.walk_tb(trace)]
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """A context whose errors are UserErrors wherever :func:`user_error` explains them.
+    """A context that raises a UserError for each error that :func:`user_error` explains.
 
     From then on detectron2's training loop logs tracebacks of other errors only.
     """

@@ -1,4 +1,4 @@
-"""The best checkpoint, the losses on the test sets, and logs on a full disk."""
+"""Hooks for the best checkpoint and the losses on the test sets; logs on a full disk."""
 
 import contextlib
 import difflib
@@ -29,12 +29,12 @@ from .train_step import autocast, precision_of
 logger = logging.getLogger(__name__)
 
 Inputs = list[dict[str, Any]]
-# What behaves differently in training than in use, besides the detector itself.
+# Layers that differ between training and inference.
 _NOISY_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 class _UntaggedCheckpointer(RobustCheckpointer):
-    """Saves what another one saves; ``--resume`` does not go on from these files."""
+    """Saves what another checkpointer saves, in files that ``--resume`` ignores."""
 
     def __init__(self, checkpointer: Checkpointer):
         super().__init__(checkpointer.model, checkpointer.save_dir)
@@ -45,10 +45,15 @@ class _UntaggedCheckpointer(RobustCheckpointer):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """detectron2's hook that keeps ``model_best.pth``; the training resumes as without it.
+    """detectron2's hook that keeps ``model_best.pth``, in the main process.
 
-    The best value is written beside it, to ``model_best.json``, as a resumed training goes on
-    comparing with it. Only for the main process, as the others have no results.
+    ``model_best.json`` beside it has the best value, which a resumed training compares with.
+
+    Args:
+        eval_period: iterations between evaluations, 0 for one after the training only.
+        checkpointer: the training's.
+        metric: "task/name", e.g. "bbox/AP75", with several test sets "data set/task/name"; the
+            largest value is best, of a "validation/..." loss the smallest.
     """
 
     trainer: TrainerBase
@@ -56,21 +61,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
     best_iter: int | None
 
     def __init__(self, eval_period: int, checkpointer: Checkpointer, metric: str):
-        """Set what is best.
-
-        Args:
-            eval_period: iterations between evaluations, 0 for one after the training only.
-            checkpointer: the training's.
-            metric: "task/name", e.g. "bbox/AP75", with several test sets "data set/task/name"; the
-                largest value is best, of a "validation/..." loss the smallest.
-        """
         mode = "min" if metric.startswith("validation/") else "max"
         super().__init__(eval_period, _UntaggedCheckpointer(checkpointer), metric, mode)
         self._logger = logger
         self._file = os.path.join(checkpointer.save_dir, "model_best.json")
 
     def before_train(self) -> None:
-        """Take up the best value of the training that is resumed."""
+        """Read the best value of the training that is resumed."""
         if self.trainer.start_iter == 0:
             return
         with contextlib.suppress(OSError, ValueError), open(self._file, encoding="utf-8") as f:
@@ -94,9 +91,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         return True
 
     def _warn_unknown(self, names: list[str]) -> None:
-        metrics = [
-            name for name in names if "/AP" in name or "/AR" in name or "validation/" in name
-        ]
+        metrics = [n for n in names if "/AP" in n or "/AR" in n or "validation/" in n]
         close = difflib.get_close_matches(self._val_metric, metrics, n=1, cutoff=0.3)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         message = (
@@ -110,8 +105,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
 def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
     """The images of DATASETS.TEST with their annotations, resized as in inference.
 
-    Each process reads its share, in batches of the size it trains with: losses are divided by
-    numbers of positives of such a batch.
+    Each process reads its share, in batches of the training's size: losses are divided by the
+    number of positives of such a batch.
     """
     as_training = cfg.clone()
     as_training.defrost()
@@ -135,22 +130,21 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
 def validation_losses(
     model: nn.Module, loader: Iterable[Inputs], batch_size: int
 ) -> dict[str, Any]:
-    """Mean losses of a model over a data set, without leaving a trace in the model.
+    """Mean losses of a model over a data set; the model's state does not change.
 
     Args:
         model: the detector, wrapped in DDP or not.
         loader: training inputs; this process's share.
-        batch_size: images of a full batch. A last batch of fewer images is filled up with its own.
+        batch_size: images of a full batch; a smaller last batch repeats its images.
 
     Returns:
         {"validation": {loss's name: mean over all processes' images, ..., "total_loss": sum}} on
-        the main process, {} on others and without any image. No process waits for another one
-        before all images are done.
+        the main process, {} on others and without any image.
     """
     model = getattr(model, "module", model)
     sums: dict[str, float] = {}
     num_images = 0
-    # The storage takes what the detector logs, which is not of the training.
+    # A storage of its own, as what the detector logs here is not of the training.
     with torch.no_grad(), losses_without_trace(model), EventStorage():
         for inputs in loader:
             full = [inputs[i % len(inputs)] for i in range(max(batch_size, len(inputs)))]
@@ -168,15 +162,12 @@ def validation_losses(
 
 @contextlib.contextmanager
 def losses_without_trace(model: nn.Module) -> Iterator[None]:
-    """Let a detector return losses while its normalisation and dropout work as in inference.
+    """A detector returns losses here, with normalisation and dropout as in inference.
 
-    Afterwards each module is in the mode it was in, and numbers it keeps as plain attributes are
-    what they were: detectron2's dense detectors keep the losses' normaliser so.
+    Afterwards each module's mode and plain numbers are restored; detectron2's dense detectors keep
+    the losses' normaliser as such a number.
     """
-    numbers = [
-        (m, {k: v for k, v in vars(m).items() if isinstance(v, int | float)})
-        for m in model.modules()
-    ]
+    numbers = [(module, _numbers(module)) for module in model.modules()]
     model.train()
     for module in model.modules():
         if isinstance(module, _NOISY_LAYERS):
@@ -185,10 +176,13 @@ def losses_without_trace(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, before in numbers:
-            for name in [k for k, v in vars(module).items() if isinstance(v, int | float)]:
-                if name not in before:
-                    delattr(module, name)
+            for name in _numbers(module).keys() - before.keys():
+                delattr(module, name)
             vars(module).update(before)
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    return {name: x for name, x in vars(module).items() if isinstance(x, int | float)}
 
 
 def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
@@ -196,7 +190,7 @@ def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
     loaders: list[Iterable[Inputs]] = []
 
     def compute() -> dict[str, Any]:
-        if not loaders:  # data sets are read when first needed
+        if not loaders:  # data sets are read on first use
             loaders.append(build_validation_loader(cfg))
         batch_size = max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1)
         with autocast(model, precision_of(cfg)):
@@ -206,19 +200,8 @@ def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
 
 
 def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer) -> list[HookBase]:
-    """The hooks of TEST.LOSS_PERIOD and TEST.BEST_METRIC, to run between evaluation and writers.
-
-    Args:
-        cfg: the full config.
-        model: the detector in training.
-        checkpointer: the training's.
-
-    Returns:
-        the hooks of this process.
-    """
-    chosen: list[HookBase] = []
-    if cfg.TEST.LOSS_PERIOD > 0:
-        chosen.append(_validation_hook(cfg, model))
+    """This process's hooks of TEST.LOSS_PERIOD and TEST.BEST_METRIC, to run before the writers."""
+    chosen: list[HookBase] = [_validation_hook(cfg, model)] if cfg.TEST.LOSS_PERIOD > 0 else []
     metric = cfg.TEST.BEST_METRIC
     if metric and comm.is_main_process():
         on_loss = metric.startswith("validation/")
@@ -228,14 +211,13 @@ def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer)
 
 
 class FaultTolerantWriter(EventWriter):
-    """detectron2's writer of scalars that on a full disk warns once and lets the training go on."""
+    """A writer of detectron2 that on a full disk warns once; the training goes on."""
 
     def __init__(self, writer: EventWriter):
-        """Set whose errors are caught."""
         self._writer = writer
 
     def write(self) -> None:
-        """Write the newest scalars; those that could not be written are missing in the file."""
+        """Write the newest scalars."""
         self._try(self._writer.write)
 
     def close(self) -> None:

@@ -21,14 +21,12 @@ from detectron2.utils import comm
 from torch.distributed import distributed_c10d
 
 from ..errors import UserError
-from .agreement import check_same, versions
+from .agreement import CommonError, check_same, versions
 from .faults import lost_connection, user_errors
 
-Main = Callable[[argparse.Namespace], object]
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Seconds in which the agent notices which process ended first; a killed process's data workers
-# hide its end from the agent for 5 seconds.
+# Seconds in which the agent notices that a process has ended, and ends the others. (A killed
+# process's data workers hide its end from the agent for 5 seconds.)
 _NOTICED = 10.0
 _SHUTDOWN = "300"  # seconds to write a checkpoint after a signal
 
@@ -47,10 +45,7 @@ def find_placement(args: argparse.Namespace) -> Placement:
     """Read torchrun's environment variables, or else detectron2's flags.
 
     Args:
-        args: with detectron2's num_gpus, num_machines, machine_rank and dist_url, and dist_timeout.
-
-    Returns:
-        the placement.
+        args: of :func:`launch_argument_parser`.
 
     Raises:
         UserError: naming the flag that is wrong.
@@ -94,7 +89,7 @@ def _endpoint(url: str) -> str:
 
 
 def launch(
-    main: Main,
+    main: Callable[[argparse.Namespace], object],
     args: argparse.Namespace,
     placement: Placement,
     *,
@@ -116,77 +111,113 @@ def launch(
     Raises:
         UserError: of the process that failed first.
     """
+    run = _Run(main, args, placement, device, facts)
     with user_errors():
         if placement.local_size * placement.num_machines == 1:
             main(args)
         elif placement.started:
-            _work(main, args, placement, device, facts)
+            run.work()
         else:
-            return _start(main, args, placement, device, facts)
+            return run.start()
     return 0
 
 
-def _start(
-    main: Main,
-    args: argparse.Namespace,
-    placement: Placement,
-    device: str,
-    facts: Mapping[str, str],
-) -> int:
-    """Start this machine's processes and wait for their end."""
-    # Here, as the processes themselves don't need them.
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+@dataclass(frozen=True)
+class _Run:
+    """A run of several processes; see :func:`launch`."""
 
-    for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
-        agent = logging.getLogger(f"torch.{name}")  # it logs every failure, at length
-        agent.addHandler(logging.NullHandler())
-        agent.propagate = False
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)
-    if device == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // placement.local_size)))
-    size = placement.local_size * placement.num_machines
-    with tempfile.TemporaryDirectory(prefix="iou_balanced_d2_") as folder:
-        config = LaunchConfig(
-            min_nodes=placement.num_machines,
-            max_nodes=placement.num_machines,
-            nproc_per_node=placement.local_size,
+    main: Callable[[argparse.Namespace], object]
+    args: argparse.Namespace
+    placement: Placement
+    device: str
+    facts: Mapping[str, str]
+
+    def start(self) -> int:
+        """Start this machine's processes and wait for their end; the exit code."""
+        # Here, as the processes themselves don't need them.
+        from torch.distributed.elastic.multiprocessing import SignalException, errors
+        from torch.distributed.launcher.api import elastic_launch
+
+        for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
+            agent = logging.getLogger(f"torch.{name}")  # else it logs each failure's traceback
+            agent.addHandler(logging.NullHandler())
+            agent.propagate = False
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN)
+        if self.device == "cpu":
+            threads = len(os.sched_getaffinity(0)) // self.placement.local_size
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        size = self.placement.local_size * self.placement.num_machines
+        with tempfile.TemporaryDirectory(prefix="iou_balanced_d2_") as folder:
+            try:
+                elastic_launch(self._agent_config(folder), self.work)()
+            except errors.ChildFailedError as error:
+                return _report(*error.get_first_failure(), size)
+            except SignalException as stopped:
+                for child in multiprocessing.active_children():  # after a second signal
+                    child.kill()
+                for file in Path(folder).rglob("error.json"):  # e.g. no checkpoint on a full disk
+                    return _report(0, errors.ProcessFailure(0, 0, 1, str(file)), size)
+                return 128 + stopped.sigval
+            except RuntimeError as error:
+                if reason := lost_connection(error):
+                    url = self.args.dist_url
+                    raise UserError(f"no meeting at --dist-url {url}: {reason}") from error
+                raise
+        return 0
+
+    def _agent_config(self, folder: str) -> Any:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.launcher.api import LaunchConfig
+
+        alone, timeout = self.args.dist_url == "auto", math.ceil(self.args.dist_timeout)
+        return LaunchConfig(
+            min_nodes=self.placement.num_machines,
+            max_nodes=self.placement.num_machines,
+            nproc_per_node=self.placement.local_size,
             run_id="iou_balanced_d2",
-            rdzv_backend="c10d" if args.dist_url == "auto" else "static",
-            rdzv_endpoint=_endpoint(args.dist_url),
-            rdzv_configs={"rank": placement.machine_rank, "timeout": math.ceil(args.dist_timeout)},
-            local_addr="127.0.0.1" if args.dist_url == "auto" else None,
+            rdzv_backend="c10d" if alone else "static",
+            rdzv_endpoint=_endpoint(self.args.dist_url),
+            rdzv_configs={"rank": self.placement.machine_rank, "timeout": timeout},
+            local_addr="127.0.0.1" if alone else None,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        try:
-            elastic_launch(config, _work)(main, args, placement, device, facts)
-        except ChildFailedError as error:
-            return _tell(*error.get_first_failure(), size)
-        except SignalException as stopped:
-            for child in multiprocessing.active_children():  # a further signal came meanwhile
-                child.kill()
-            for file in Path(folder).rglob("error.json"):  # e.g. the checkpoint can't be written
-                return _tell(0, ProcessFailure(0, 0, 1, str(file)), size)
-            return 128 + stopped.sigval
-        except RuntimeError as error:
-            if reason := lost_connection(error):
-                raise UserError(f"no meeting at --dist-url {args.dist_url}: {reason}") from error
-            raise
-    return 0
+
+    def work(self) -> None:
+        """Be one of the processes."""
+        place, args = self.placement, self.args
+        if not place.started:
+            os.setpgid(0, 0)  # Ctrl-C goes to the terminal's process group; the agent passes it on
+        # For data workers: by "spawn", which starts this process, each would import everything.
+        multiprocessing.set_start_method("fork", force=True)
+        with user_errors():
+            try:
+                _join(place.local_size, self.device, timedelta(seconds=args.dist_timeout))
+                counts = {"--num-gpus": place.local_size, "--num-machines": place.num_machines}
+                check_same({**{k: str(n) for k, n in counts.items()}, **versions(), **self.facts})
+                restarts = comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+                args.resume = args.resume or any(restarts)  # each agent counts its own
+                self.main(args)
+            except SystemExit:
+                dist.destroy_process_group()
+                raise
+            except Exception as error:
+                repeated = isinstance(error, CommonError) and comm.get_local_rank() > 0
+                if repeated or lost_connection(error):  # let another process print its error
+                    time.sleep(_NOTICED)
+                raise  # (without destroying the group, which may wait for dead processes)
+            dist.destroy_process_group()
 
 
-def _tell(rank: int, failure: Any, size: int) -> int:
-    """Say why a process ended; the exit code."""
+def _report(rank: int, failure: Any, size: int) -> int:
+    """Print or raise why a process ended; the exit code."""
     if isinstance(failure.message, dict):  # an exception
         text = failure.message["message"]
         if text.startswith("UserError: "):
             raise UserError(text.removeprefix("UserError: "))
         print(failure.message["extraInfo"]["py_callstack"], file=sys.stderr, end="")
         return 1
-    if failure.exitcode > 0:  # it has said why
+    if failure.exitcode > 0:  # it has printed why
         return failure.exitcode
     killed = failure.signal_name()
     hint = " (the kernel does that when memory runs out)" if killed == "SIGKILL" else ""
@@ -196,36 +227,6 @@ def _tell(rank: int, failure: Any, size: int) -> int:
         file=sys.stderr,
     )
     return 1
-
-
-def _work(
-    main: Main,
-    args: argparse.Namespace,
-    placement: Placement,
-    device: str,
-    facts: Mapping[str, str],
-) -> None:
-    """Be one of several processes."""
-    if not placement.started:
-        os.setpgid(0, 0)  # Ctrl-C goes to a terminal's process group, and the agent hands it on
-    # For data workers: started by "spawn", as this process may be, each would import everything.
-    multiprocessing.set_start_method("fork", force=True)
-    with user_errors():
-        try:
-            _join(placement.local_size, device, timedelta(seconds=args.dist_timeout))
-            counts = {"--num-gpus": placement.local_size, "--num-machines": placement.num_machines}
-            check_same({**{k: str(n) for k, n in counts.items()}, **versions(), **facts})
-            restarts = comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-            args.resume = args.resume or any(restarts)  # each agent counts its own
-            main(args)
-        except SystemExit:
-            dist.destroy_process_group()
-            raise
-        except Exception as error:
-            if lost_connection(error):  # let the agent report the process that ended first
-                time.sleep(_NOTICED)
-            raise  # the group may wait for processes that are gone: it ends with this process
-        dist.destroy_process_group()
 
 
 def _join(local_size: int, device: str, timeout: timedelta) -> None:

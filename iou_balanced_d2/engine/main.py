@@ -1,4 +1,4 @@
-"""One training or evaluation run: checked before it is launched, the same on every process."""
+"""One training or evaluation run: its command line, its checks, and what each process does."""
 
 import argparse
 import logging
@@ -38,31 +38,20 @@ def launch_argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")
     actions = {action.dest: action for action in parser._actions}
-    actions["num_gpus"].help = "number of GPUs *per machine*; on a CPU that of processes"
-    actions[
-        "dist_url"
-    ].help = (
-        "tcp://HOST:PORT where machines meet: the one with --machine-rank 0, and a free port there"
-    )
+    actions["num_gpus"].help = "number of GPUs *per machine*; on a CPU number of processes"
+    actions["dist_url"].help = "tcp://HOST:PORT: the machine with --machine-rank 0, a free port"
     parser.add_argument(
         "--dist-timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="how long processes wait for each other, at the start and in every exchange "
-        "(default: 600)",
+        help="how long processes wait for each other, at the start and later (default: 600)",
     )
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse detectron2's flags, then KEY VALUE pairs.
-
-    Args:
-        argv: the arguments; None takes those of the process.
-
-    Returns:
-        detectron2's namespace; ``opts`` holds the KEY VALUE pairs.
+    """Parse detectron2's flags and KEY VALUE pairs, those of the process by default.
 
     Raises:
         UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
@@ -72,14 +61,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check-dataset",
         action="store_true",
-        help="read every image of the data sets before anything else (the annotations of data "
-        "sets of one's own are checked in any case)",
+        help="read every image of the data sets first (annotations of one's own data sets are "
+        "always checked)",
     )
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
         help="load checkpoints that hold other Python objects than tensors, arrays and plain "
-        "containers: reading them can run code, so only files whose origin you trust",
+        "containers: this can run code, so only files whose origin you trust",
     )
     args = parser.parse_args(argv)
     for word in args.opts:
@@ -93,17 +82,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
-    """Build and check the config in the launching process; writes nothing before all is well.
+    """Build, check and freeze the config before the launch; nothing is written on an error.
 
     Args:
         args: from :func:`parse_arguments`.
         placement: from :func:`find_placement`.
 
-    Returns:
-        the frozen config.
-
     Raises:
-        UserError: for whatever is wrong with the config, the data or the machine.
+        UserError: if something is wrong with the config, the data or the machine.
     """
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
@@ -128,17 +114,15 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     Returns:
         the evaluation's results, where there are any.
     """
-    # From detectron2's anchor generator.
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-    # A launched process starts without what the launching one registered.
-    import_projects()
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchor generator
+    import_projects()  # as in the launching process
     register_datasets_of(cfg)
     rank = comm.get_rank()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="iou_balanced_d2")
-    # With just these arguments, as detectron2's default_setup then leaves what is set up alone.
+    # With these very arguments, so that detectron2's default_setup finds its loggers set up.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
-    logging.raiseExceptions = False  # a log on a full disk prints no traceback a line
+    logging.raiseExceptions = False  # else each line for a full disk prints a traceback
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
@@ -151,13 +135,12 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def write_reports(cfg: CfgNode) -> None:
-    """Beside the detections of each data set, what their scores know of the boxes."""
+    """Report on the alignment of scores and boxes, beside the detections of each data set."""
     for name in cfg.DATASETS.TEST:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
-        detections = {"model": os.path.join(folder, "coco_instances_results.json")}
         report = os.path.join(folder, "alignment")
         write_alignment_report(
-            detections=detections,
+            detections={"model": os.path.join(folder, "coco_instances_results.json")},
             output_dir=report,
             difficult=cfg.DATASETS.VOC_DIFFICULT,
             **dataset_files(name),
@@ -168,13 +151,7 @@ def write_reports(cfg: CfgNode) -> None:
 def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
 
-    With TEST.AUG.ENABLED also with test-time augmentation, and with MODEL.EMA.ENABLED the average
-    of the weights, too, where the checkpoint holds it.
-
-    Args:
-        cfg: the full config.
-        resume: whether to look for a checkpoint in OUTPUT_DIR.
-        trust_checkpoint: read checkpoints that hold any Python objects; that can run code.
+    TEST.AUG.ENABLED adds test-time augmentation, MODEL.EMA.ENABLED the average of the weights.
 
     Returns:
         the results by data set, others under "tta" and "ema"; exits with code 1 if

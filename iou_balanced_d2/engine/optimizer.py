@@ -1,4 +1,4 @@
-"""The optimizer, which clips gradients as in the paper's set-up, and the weights' average."""
+"""The optimizer with the paper's clipping of gradients, and the average of the weights."""
 
 from typing import Any
 
@@ -9,17 +9,10 @@ from torch import Tensor, nn
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """detectron2's optimizer, and CLIP_TYPE "full_model".
+    """detectron2's optimizer, with CLIP_TYPE "full_model" besides its own.
 
-    "full_model" clips the norm of all gradients together, as the paper's set-up does;
-    detectron2's "norm" clips each parameter's by itself.
-
-    Args:
-        cfg: the full config; see SOLVER.
-        model: whose parameters are optimized.
-
-    Returns:
-        the optimizer, which clips before its steps.
+    "full_model" clips the norm of all gradients together, as in the paper; detectron2's "norm"
+    clips each parameter's. The optimizer clips before its steps.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
@@ -40,30 +33,27 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 class WeightsAverage:
     """Exponential moving average of a model's weights and normalisation statistics.
 
-    After each step ``average = decay * average + (1 - decay) * weights``, from the weights that
-    the training starts from. A checkpointable.
+    After each step ``average = decay * average + (1 - decay) * weights``. A checkpointable.
+
+    Args:
+        model: the detector, wrapped in DDP or not.
+        decay: in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """Set what is averaged.
-
-        Args:
-            model: the detector, wrapped in DDP or not.
-            decay: in [0, 1).
-        """
         self._model = getattr(model, "module", model)
         self._decay = decay
         self._average: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def start(self) -> None:
-        """Start from the weights as they are now, unless an average has been resumed."""
+        """Start from the weights of now, unless an average has been resumed."""
         if not self._average:
             self._average = {k: v.clone() for k, v in self._model.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average on after a step; counters are taken as they are."""
+        """Update the average after a step; counters are copied."""
         for name, value in self._model.state_dict().items():
             if value.is_floating_point():
                 self._average[name].lerp_(value, 1 - self._decay)
@@ -71,10 +61,10 @@ class WeightsAverage:
                 self._average[name].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, by the names of the model's ``state_dict``."""
+        """The average, as a ``state_dict`` of the model."""
         return dict(self._average)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the average of a checkpoint."""
+        """Resume the average of a checkpoint."""
         own = self._model.state_dict()
         self._average = {k: v.to(own[k].device, copy=True) for k, v in state.items()}

@@ -1,8 +1,8 @@
-"""Reading checkpoint files without running what may be hidden in them.
+"""Reads checkpoint files without running code that may be hidden in them.
 
 A pickle can name any function and have it called while it is read, and numpy's own functions make
-arrays of addresses from bytes. Here it can name what arrays of numbers are made of, and gets
-stand-ins that check what they are given.
+arrays of addresses from bytes. Here a pickle can name only what arrays of numbers are made of, and
+gets stand-ins that check their arguments.
 """
 
 import collections
@@ -29,7 +29,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _PlainDtype:
-    """What stands for numpy.dtype: numpy's own believes whatever a pickle says of its fields."""
+    """Stands for numpy.dtype, which believes whatever a pickle says of its fields."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
         if not (isinstance(code, str) and _PLAIN_DTYPE.fullmatch(code)):
@@ -51,7 +51,7 @@ class _PlainArray(np.ndarray):
         super().__setstate__((version, shape, _checked(dtype), fortran, data))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # On its way to other processes it is any array.
+        # Sent to other processes as a plain array.
         return self.view(np.ndarray).__reduce_ex__(protocol)
 
 
@@ -83,18 +83,13 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-def _no_bytes() -> bytes:
-    """The same, of none."""
-    return b""
-
-
-# What pickles of arrays and containers name -> what it is here.
+# What pickles of arrays and containers name -> its stand-in.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): "numpy.ndarray",  # an argument; pickles of arrays do not call it
     ("numpy", "dtype"): _PlainDtype,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 writes no bytes
 }
 for _core in ("core", "_core"):
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _reconstruct
@@ -106,17 +101,10 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays of numbers and strings, containers, strings and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up what the pickle names.
-
-        Args:
-            module: e.g. "numpy".
-            name: e.g. "ndarray".
-
-        Returns:
-            a stand-in that makes nothing but arrays and containers.
+        """A stand-in for what the pickle names, which makes only arrays and containers.
 
         Raises:
-            pickle.UnpicklingError: for any that arrays and containers do not need.
+            pickle.UnpicklingError: for names that arrays and containers do not need.
         """
         if (module, name) not in _ALLOWED:
             raise _Refused(f"{module}.{name}")
@@ -132,8 +120,8 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
         trust: read whatever Python objects the file holds. That can run code.
 
     Returns:
-        the weights under "model", tensors on the CPU or arrays; "matching_heuristics" says that
-        their names are to be matched to the model's; a training's state besides.
+        the weights under "model", tensors on the CPU or arrays; "matching_heuristics" if their
+        names must be matched to the model's; the training's state.
 
     Raises:
         BrokenCheckpoint: if the file can't be read.

@@ -1,71 +1,67 @@
 """SIGTERM and Ctrl-C end a training between two steps."""
 
-import contextlib
 import mmap
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 from detectron2.utils import comm
 
-T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds within which two signals of a kind are one: `timeout` sends one to a process and one to
-# its group, and a launching process hands on what its processes may get as well.
+# its group, and a launching process passes on what its processes may get as well.
 ONE_SIGNAL = 1.0
 # Whether a training is under way: one byte shared with the data workers, which are forked.
 _training = mmap.mmap(-1, 1)
 
 
 class Stopped(BaseException):
-    """Ends the training loop. No Exception: it's no error, and nothing should catch it as one."""
+    """Ends the training loop. No Exception, so that nothing handles it as an error.
+
+    Args:
+        signum: the signal.
+        together: whether all processes stop here and so can wait for each other.
+    """
 
     def __init__(self, signum: int, *, together: bool = False):
-        """Set the signal, and whether all processes stop here and so can wait for each other."""
         super().__init__(signum)
         self.signum = signum
         self.together = together
 
 
 class StopSignals:
-    """A context that catches SIGTERM and SIGINT; a later one of the same kind ends at once.
+    """A context that catches SIGTERM and SIGINT; a second one of the same kind ends at once.
 
-    (Later by a second. Of the same kind, as the end of a launching process sends its processes
-    SIGINT, after the SIGTERM that ended it.) While a checkpoint is written signals are ignored.
+    (A second later or more. Of the same kind, as an agent that SIGTERM has ended sends its
+    processes SIGINT.) While a checkpoint is written signals are ignored.
 
     Attributes:
         received: the signal that has come to this process.
-        agreed: one that has come to any process, where all of them know of it.
+        agreed: a signal that has come to any process, where all of them know of it.
     """
 
     def __init__(self) -> None:
-        """Catch nothing yet."""
         self.received: int | None = None
         self.agreed: int | None = None
-        self._anywhere = False  # whether the next signal may stop wherever it comes
+        self._anywhere = False  # whether a signal may stop this process wherever it is
         self._ignored = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
-        self._when = 0.0  # a monotonic clock's, of the signal received
+        self._when = 0.0  # by the monotonic clock, of the signal received
 
     def __enter__(self) -> "StopSignals":
         _training[0] = 1
-        # Only there does Python let one; elsewhere signals do what they did.
+        # Python allows handlers in the main thread only; in others signals do what they did.
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
             self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _training[0] = 0
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
@@ -79,45 +75,39 @@ class StopSignals:
         if self.received is None:
             self.received, self._when = signum, time.monotonic()
             if self._anywhere:
-                self.ignore()
-                raise Stopped(signum)
+                self._stop(signum)
 
     def ignore(self) -> None:
         """Ignore signals from here on."""
         self._ignored = True
 
+    def _stop(self, signum: int, *, together: bool = False) -> None:
+        self.ignore()
+        raise Stopped(signum, together=together)
+
     def check(self) -> None:
         """Stop between two steps, together with all other processes.
 
-        A process that is alone looks whether a signal has come; several have told each other in
-        the step (:attr:`agreed`), and stop at the same one.
+        Several processes have shared their signals in the step (:attr:`agreed`).
 
         Raises:
-            Stopped: in every process.
+            Stopped: in every process, if a signal has come.
         """
         signum = self.received if comm.get_world_size() == 1 else self.agreed
         if signum is not None:
-            self.ignore()
-            raise Stopped(signum, together=True)
+            self._stop(signum, together=True)
 
-    @contextlib.contextmanager
-    def stopping_anywhere(self) -> Iterator[None]:
-        """A context where a signal stops this process at once, also one that came before."""
-        self._anywhere = True
-        try:
-            if self.received is not None:
-                self.ignore()
-                raise Stopped(self.received)
-            yield
-        finally:
-            self._anywhere = False
+    def interruptible(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """A function that a signal, also one from before, stops at once with :class:`Stopped`."""
 
-    def interruptible(self, function: Callable[[], T]) -> Callable[[], T]:
-        """A function that does its work in :meth:`stopping_anywhere`."""
-
-        def call() -> T:
-            with self.stopping_anywhere():
+        def call() -> Any:
+            self._anywhere = True
+            try:
+                if self.received is not None:
+                    self._stop(self.received)
                 return function()
+            finally:
+                self._anywhere = False
 
         return call
 
@@ -125,8 +115,8 @@ class StopSignals:
 def outlive_in_worker() -> None:
     """Let a data worker outlive the signal that its whole process group gets during a training.
 
-    Afterwards it ends, as the exit of its parent waits for it: an error's traceback keeps the data
-    loader alive, which would have ended it before.
+    After the training it ends: its parent waits for it on exit, as an error's traceback keeps the
+    data loader alive.
     """
 
     def handle(*_: Any) -> None:

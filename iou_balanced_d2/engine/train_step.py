@@ -1,7 +1,7 @@
-"""One training step, in any precision, after which all processes know the same.
+"""One training step, in any precision, whose losses and signals all processes share.
 
-detectron2 gathers pickled losses at every step and looks for NaN on the main process alone, which
-leaves the others waiting for it until they time out. Here one all-reduce does all of it.
+detectron2 gathers pickled losses at every step, and the main process alone looks for NaN: the
+others wait for it until they time out. Here one all-reduce does both.
 """
 
 import math
@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..errors import UserError
+from .agreement import CommonError
 from .signals import SIGNALS, StopSignals
 
 # The values of SOLVER.AMP.PRECISION.
@@ -24,49 +24,39 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def precision_of(cfg: CfgNode) -> torch.dtype | None:
-    """The precision of matrix products that SOLVER.AMP asks for; None for float32.
-
-    Args:
-        cfg: the full config.
-    """
+    """The precision of matrix products that SOLVER.AMP asks for; None for float32."""
     return PRECISIONS[cfg.SOLVER.AMP.PRECISION] if cfg.SOLVER.AMP.ENABLED else None
 
 
 def autocast(model: nn.Module, precision: torch.dtype | None) -> torch.autocast:
-    """The context that computes a model's matrix products in a precision.
-
-    Args:
-        model: on one device.
-        precision: from :func:`precision_of`; None has no effect.
-    """
+    """The context of a precision from :func:`precision_of` on a model's device."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=precision, enabled=precision is not None)
 
 
 class Report(NamedTuple):
-    """What all processes know after a step.
+    """What all processes know after a step."""
 
-    Attributes:
-        losses: means over processes by name.
-        data_time: seconds that the slowest process waited for its batch.
-        signum: a signal that any process has received.
-    """
-
-    losses: dict[str, float]
-    data_time: float
-    signum: int | None
+    losses: dict[str, float]  # means over processes by name
+    data_time: float  # seconds that the slowest process waited for its batch
+    signum: int | None  # a signal that any process has received
 
 
 class StepTrainer(SimpleTrainer):
-    """detectron2's SimpleTrainer whose processes stop together: for a signal, or a loss of NaN.
+    """detectron2's SimpleTrainer whose processes stop together, after a signal or a loss of NaN.
 
-    Unlike detectron2's AMPTrainer it needs no CUDA for mixed precision. float16 needs its gradients
-    scaled up; bfloat16 has the range of float32 and does not. A checkpoint of any precision resumes
-    in any other.
+    Unlike detectron2's AMPTrainer it needs no CUDA for mixed precision. Gradients are scaled up for
+    float16; bfloat16 has the range of float32. A checkpoint of any precision resumes in any other.
+
+    Args:
+        model: the detector, wrapped in DDP or not.
+        data_loader: an iterable of batches.
+        optimizer: of the model.
+        precision: of matrix products; None for float32.
 
     Attributes:
         signals: tell whether to stop; the trainer around this one catches them.
-        batch: the last batch, which hooks may look at.
+        batch: the last batch, for hooks.
     """
 
     optimizer: torch.optim.Optimizer
@@ -81,14 +71,6 @@ class StepTrainer(SimpleTrainer):
         *,
         precision: torch.dtype | None = None,
     ):
-        """Set what is trained.
-
-        Args:
-            model: the detector, wrapped in DDP or not.
-            data_loader: an iterable of batches.
-            optimizer: of the model.
-            precision: of matrix products; None for float32.
-        """
         super().__init__(model, data_loader, optimizer)
         self.signals = StopSignals()
         self.precision = precision
@@ -99,7 +81,7 @@ class StepTrainer(SimpleTrainer):
         """One step: losses, gradients, the scalars that detectron2 logs, the optimizer.
 
         Raises:
-            UserError: on all processes before the weights change, if a loss is not finite on any.
+            CommonError: before the weights change, if a loss is not finite on any.
         """
         start = time.perf_counter()
         self.batch = next(self._data_loader_iter)
@@ -118,16 +100,16 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """SimpleTrainer's, and the scale of float16's gradients as detectron2's AMPTrainer."""
+        """SimpleTrainer's, and the scale of float16's gradients."""
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume; from a checkpoint without float16 the gradients' scale starts anew."""
+        """Resume; the gradients' scale starts anew where the checkpoint has none."""
         super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
-    def _not_finite(self, losses: dict[str, Tensor]) -> UserError:
+    def _not_finite(self, losses: dict[str, Tensor]) -> CommonError:
         """The error that names loss, rank and images; called by all processes together."""
         own = {name: x.item() for name, x in losses.items()}
         bad = [(name, value) for name, value in own.items() if not math.isfinite(value)]
@@ -137,7 +119,7 @@ class StepTrainer(SimpleTrainer):
         name, value = bad[0]
         group = hooks.LRScheduler.get_best_param_group_id(self.optimizer)
         rate = self.optimizer.param_groups[group]["lr"]
-        return UserError(
+        return CommonError(
             f"{name} is {value} at iteration {self.iter} (learning rate {rate:g}) on rank {rank}, "
             f"images {', '.join(files)}: lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, "
             "clip gradients (SOLVER.CLIP_GRADIENTS.ENABLED True), and look at these images' boxes "
@@ -155,10 +137,10 @@ def share(losses: dict[str, Tensor], data_time: float, signum: int | None) -> Re
         signum: the signal that this process has received.
 
     Returns:
-        what all of them know; a loss is not finite if it is not on any process.
+        the same in all of them; a loss is finite only if it is finite in each.
     """
     size, rank = comm.get_world_size(), comm.get_rank()
-    # All is summed over processes; what is not to be summed has a place for each of them.
+    # All is summed over processes: seconds have a place for each process, signals for each kind.
     others = torch.zeros(size + len(SIGNALS), dtype=torch.float64)
     others[rank] = data_time
     if signum is not None:

@@ -1,4 +1,4 @@
-"""DefaultTrainer with what IoU-balanced training adds."""
+"""detectron2's DefaultTrainer for trainings that are interrupted."""
 
 import contextlib
 import copy
@@ -40,29 +40,23 @@ from .visualization import visualization_hooks
 
 logger = logging.getLogger(__name__)
 
-# detectron2 keeps a million, which is memory that grows for weeks; its remaining time is the
-# median of 1000.
+# Values kept of each scalar. detectron2 keeps a million, so memory grows for weeks; its printer
+# looks at 1000.
 _KEPT_VALUES = 1000
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's DefaultTrainer for trainings that are interrupted, with COCO evaluation.
+    """Trains and evaluates. A resumed training is as if it had not stopped: docs/robustness.md.
 
-    A resumed training goes on as if it had not been stopped: see docs/robustness.md.
+    Args:
+        cfg: the full config.
+        trust_checkpoint: read checkpoints that hold any Python objects; that can run code.
     """
 
     _hooks: list[HookBase]
 
     def __init__(self, cfg: CfgNode, *, trust_checkpoint: bool = False):
-        """Build model, optimizer, data loader, checkpointer and hooks.
-
-        (Not by DefaultTrainer's own, which leaves no choice of checkpointer and AMPTrainer.)
-
-        Args:
-            cfg: the full config.
-            trust_checkpoint: read checkpoints that hold any Python objects; that can run code.
-        """
-        super(DefaultTrainer, self).__init__()
+        super(DefaultTrainer, self).__init__()  # its own leaves no choice of checkpointer
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -70,7 +64,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.loader = self.build_train_loader(cfg)
-        # PyTorch announces another name for it.
+        # PyTorch is about to rename it.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         gpus = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=gpus)
@@ -85,15 +79,11 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             self.checkpointer.add_checkpointable("ema", self.average)
         self._signals = self._trainer.signals
-        self._last_done = -1  # the last iteration whose result is complete
+        self._last_done = -1  # the last iteration that a checkpoint may hold
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from OUTPUT_DIR, with the data going on where they were, or load MODEL.WEIGHTS.
-
-        Args:
-            resume: whether to look for a checkpoint.
-        """
+        """Resume from OUTPUT_DIR's last checkpoint, also the data, or else load MODEL.WEIGHTS."""
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed:
             self._last_done = self.iter
@@ -123,11 +113,10 @@ class Trainer(DefaultTrainer):
         return results
 
     def _exit(self, signum: int, *, together: bool) -> NoReturn:
-        """Save what is done, and end this process when that is on the disk."""
+        """Save, and end this process when the checkpoint is on the disk."""
         self._save_done()
-        if together:
-            # When the first process ends, the launcher ends the others.
-            with contextlib.suppress(RuntimeError):  # an error of the main process has its own line
+        if together:  # the launcher ends the others when the first process ends
+            with contextlib.suppress(RuntimeError):  # the main process prints its error
                 comm.synchronize()
         logger.warning(
             f"stopped by {signal.Signals(signum).name} at iteration {self._last_done}; "
@@ -136,12 +125,11 @@ class Trainer(DefaultTrainer):
         raise SystemExit(128 + signum)
 
     def _save_done(self) -> None:
-        """Save the last iteration, unless that of the whole training is there."""
         if self.start_iter <= self._last_done < self.max_iter - 1:
             self.checkpointer.save(f"model_{self._last_done:07d}", iteration=self._last_done)
 
     def _save_if_left_alone(self, error: Exception) -> None:
-        """Save where another process has ended during an evaluation, e.g. for a signal."""
+        """Save if another process has ended during an evaluation, e.g. after a signal."""
         in_evaluation = self._last_done >= min(self.iter, self.max_iter - 1)
         if not (in_evaluation and (reason := lost_connection(error))):
             return
@@ -157,30 +145,30 @@ class Trainer(DefaultTrainer):
             ) from error
 
     def before_train(self) -> None:
-        """detectron2's; of each scalar only as many values are kept as its printer looks at."""
+        """detectron2's, with less memory for scalars."""
         if comm.is_main_process():
             remove_unfinished(self.cfg.OUTPUT_DIR)
         self.storage._history.default_factory = partial(HistoryBuffer, max_length=_KEPT_VALUES)
         super().before_train()
 
     def before_step(self) -> None:
-        """detectron2's hooks; what is random in the step is given by SEED and the iteration."""
+        """detectron2's hooks; SEED and the iteration seed the step."""
         super().before_step()
         seed_step(self.loader.seed, self.iter)
 
     def after_step(self) -> None:
-        """detectron2's hooks; where evaluation starts, all that a checkpoint holds is done."""
+        """detectron2's hooks; a signal stops the training before its evaluations."""
         if self.average is not None:
             self.average.update()
         for hook in self._hooks:
             if isinstance(hook, hooks.EvalHook) and self._last_done < self.iter:
                 self._last_done = self.iter
-                if self.iter < self.max_iter - 1:  # else it is after_train that stops
+                if self.iter < self.max_iter - 1:  # else after_train does
                     self._signals.check()
             hook.after_step()
 
     def after_train(self) -> None:
-        """detectron2's hooks; after a signal or an error no evaluation."""
+        """detectron2's hooks; no evaluation after a signal or an error."""
         if self.iter >= self.max_iter:
             self._signals.check()
         else:
@@ -191,35 +179,19 @@ class Trainer(DefaultTrainer):
     def test_average(
         cls, cfg: CfgNode, model: nn.Module, average: dict[str, Tensor]
     ) -> dict[str, Any]:
-        """Evaluate averaged weights; detections go to ``OUTPUT_DIR/ema``.
-
-        Args:
-            cfg: the full config.
-            model: the detector, which keeps its own weights.
-            average: by the names of its ``state_dict``.
-
-        Returns:
-            {"ema": results}.
-        """
+        """Evaluate averaged weights to {"ema": results}; detections go to ``OUTPUT_DIR/ema``."""
         logger.info("Evaluation of the moving average of the weights")
-        # A copy, as a signal may come at any moment, and then the model is saved.
+        # In a copy, as the model is saved if a signal comes.
         averaged = copy.deepcopy(getattr(model, "module", model))
         averaged.load_state_dict(average)
         return {"ema": cls.test(_with_output(cfg, "ema"), averaged)}
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluate with test-time augmentation; detections go to ``OUTPUT_DIR/tta``.
-
-        Args:
-            cfg: the full config; see TEST.AUG.
-            model: the detector.
-
-        Returns:
-            {"tta": results}.
+        """Evaluate with TEST.AUG to {"tta": results}; detections go to ``OUTPUT_DIR/tta``.
 
         Raises:
-            UserError: if it is no dense detector.
+            UserError: if the model is no dense detector.
         """
         logger.info("Evaluation with test-time augmentation")
         augmented = DenseDetectorWithTTA(cfg, model)
@@ -233,7 +205,7 @@ class Trainer(DefaultTrainer):
         return BoxEvaluator(dataset_name, output_dir, difficult=cfg.DATASETS.VOC_DIFFICULT)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks and this project's, before the writers of what all of them log."""
+        """detectron2's hooks and this project's; the writers last."""
         built = super().build_hooks()
         writers = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
         ordered = [
@@ -249,11 +221,11 @@ class Trainer(DefaultTrainer):
         return ordered
 
     def build_writers(self) -> list[EventWriter]:
-        """detectron2's: the terminal, metrics.json, TensorBoard; a full disk ends no training."""
+        """detectron2's; a full disk does not end the training."""
         return [FaultTolerantWriter(writer) for writer in super().build_writers()]
 
     def _further_evaluations(self) -> list[HookBase]:
-        """Of the average as often as of the weights; with augmentation at the end."""
+        """The average is evaluated as often as the weights; test-time augmentation at the end."""
         cfg, model, average = self.cfg, self.model, self.average
         chosen: list[HookBase] = []
         if average is not None:
@@ -265,7 +237,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
-        """detectron2's loader without bad boxes; an image that can't be read is named.
+        """A loader that resumes and leaves out bad boxes; its errors name the image.
 
         Raises:
             UserError: if another process has other data.
@@ -277,7 +249,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
-        """detectron2's loader; an image that can't be read is named."""
+        """detectron2's loader; its errors name the image."""
         mapper = CheckedMapper(build_mapper(cfg, is_train=False), dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
@@ -288,7 +260,7 @@ class Trainer(DefaultTrainer):
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:
-    """The config with a folder in OUTPUT_DIR for OUTPUT_DIR."""
+    """The config with a folder of OUTPUT_DIR as OUTPUT_DIR."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, folder)

@@ -16,20 +16,18 @@ from ..modeling import IoUBalancedLoss
 
 
 class VisualizeTraining(HookBase):
-    """Calls ``visualize_training`` of detectron2's dense detectors, which they never do themselves.
+    """Calls ``visualize_training`` of detectron2's dense detectors; detectron2 never does.
 
-    The weights are the same, bit for bit, as without this hook: each step has its own seed.
+    The hook does not change the weights, as each step has its own seed.
+
+    Args:
+        cfg: the full config; see VIS_PERIOD.
+        model: the detector, not wrapped in DDP.
     """
 
     trainer: Any
 
     def __init__(self, cfg: CfgNode, model: DenseDetector):
-        """Set what is drawn.
-
-        Args:
-            cfg: the full config; see VIS_PERIOD.
-            model: the detector, not wrapped in DDP.
-        """
         self._period = cfg.VIS_PERIOD
         self._model: Any = model
         if not hasattr(model, "input_format"):  # detectron2's FCOS has none, but it is needed
@@ -41,7 +39,7 @@ class VisualizeTraining(HookBase):
             return
         inputs = self.trainer._trainer.batch[:1]
         with inference_context(self._model), torch.no_grad():
-            # Without "height" and "width" boxes come in the pixels of the image as it is here.
+            # Without "height" and "width", so that boxes are in pixels of this image.
             found = self._model([{"image": inputs[0]["image"]}])[0]["instances"]
         self._model.visualize_training(inputs, [found.to("cpu")])
         # Matplotlib's figures are cycles that hold megabytes; full collections are rare.
@@ -49,21 +47,19 @@ class VisualizeTraining(HookBase):
 
 
 class LossHistograms(HookBase):
-    """Histograms of the positives' IoU and weights every VIS_PERIOD iterations.
+    """Histograms of the main process's positives: IoU and weights.
 
-    They are named ``iou_balanced/pos_iou``, ``iou_balanced/cls_weight`` (eq. 2) and
-    ``iou_balanced/loc_weight`` (eq. 4), and are those of the main process.
+    Named ``iou_balanced/pos_iou``, ``iou_balanced/cls_weight`` (eq. 2) and
+    ``iou_balanced/loc_weight`` (eq. 4).
+
+    Args:
+        period: iterations between histograms; the first are of iteration 0.
+        model: the detector, wrapped in DDP or not.
     """
 
     trainer: Any
 
     def __init__(self, period: int, model: nn.Module):
-        """Set how often.
-
-        Args:
-            period: iterations between histograms; the first are of iteration 0.
-            model: the detector, wrapped in DDP or not.
-        """
         self._period = period
         self._losses = [m for m in model.modules() if isinstance(m, IoUBalancedLoss)]
 
@@ -89,15 +85,7 @@ def _put_histograms(tensors: dict[str, Tensor]) -> None:
 
 
 def visualization_hooks(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """The hooks of VIS_PERIOD.
-
-    Args:
-        cfg: the full config.
-        model: the detector, wrapped in DDP or not. Two-stage detectors draw pictures by themselves.
-
-    Returns:
-        none with VIS_PERIOD 0, and on all processes but the main one.
-    """
+    """The main process's hooks of VIS_PERIOD; two-stage detectors draw pictures themselves."""
     if cfg.VIS_PERIOD <= 0 or not comm.is_main_process():
         return []
     chosen: list[HookBase] = [LossHistograms(cfg.VIS_PERIOD, model)]

@@ -16,7 +16,7 @@ import pytest
 # No name server and no hosts file knows the hosts' names, as on many machines.
 _NAMED = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
 _CABLE = "eth0"
-# Nobody's: a frame that is sent there arrives, and is dropped without an answer.
+# Of no host: frames sent there are dropped without an answer.
 _NOBODY = "02:00:00:00:00:ff"
 
 
@@ -75,7 +75,7 @@ class Network:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Network]:
-    """Lay out the network; afterwards it is gone with all that ran in it, whatever happened.
+    """Set up the network; afterwards remove it and end all that runs in it.
 
     Skips the test where this is not possible, saying why.
     """

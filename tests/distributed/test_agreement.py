@@ -46,15 +46,15 @@ def test_folders_may_differ(check):
 
 def test_three_differences_are_named_and_the_rest_counted(check):
     many = ["SOLVER.BASE_LR", "0.02", "DATASETS.VOC_FOLDER", (("v", "/voc", "train"),)]
-    told = check(check_same, facts(), facts(*many, "SEED", "3", eval_only=True))
-    assert told.startswith("rank 1 on host-a disagrees with rank 0 on host-a: ")
-    assert told.count(" there, ") == 3
-    assert "--eval-only is True there, False here" in told
-    assert "DATASETS.VOC_FOLDER is [['v', 'train']] there, [] here" in told
-    assert told.endswith("(and 1 more)")
-    told = check(check_same, facts(), facts(), facts("SOLVER.BASE_LR", "0.02"))
-    assert told.startswith("rank 2 ")
-    assert told.endswith(": SOLVER.BASE_LR is 0.02 there, 0.01 here")
+    message = check(check_same, facts(), facts(*many, "SEED", "3", eval_only=True))
+    assert message.startswith("rank 1 on host-a disagrees with rank 0 on host-a: ")
+    assert message.count(" there, ") == 3
+    assert "--eval-only is True there, False here" in message
+    assert "DATASETS.VOC_FOLDER is [['v', 'train']] there, [] here" in message
+    assert message.endswith("(and 1 more)")
+    message = check(check_same, facts(), facts(), facts("SOLVER.BASE_LR", "0.02"))
+    assert message.startswith("rank 2 ")
+    assert message.endswith(": SOLVER.BASE_LR is 0.02 there, 0.01 here")
 
 
 def test_versions_tell_one_source_from_another(tmp_path, monkeypatch):
@@ -97,5 +97,5 @@ def example(name="a/1.jpg", box=(0, 0, 5, 5)):
     ],
 )
 def test_training_data_are_compared(check, other, said):
-    told = check(check_same_data, [example()], other)
-    assert told is None if said is None else said in told
+    message = check(check_same_data, [example()], other)
+    assert message is None if said is None else said in message

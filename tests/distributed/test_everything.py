@@ -1,4 +1,4 @@
-"""All that a training can do besides, in two processes, of which one has no image to evaluate."""
+"""All options of a training together, in two processes, one without an image to evaluate."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def lines(folder):
 
 @pytest.mark.slow
 def test_everything_at_once_in_two_processes(tmp_path, own_config, one_image):
-    """The results that are expected are not reached: exit code 1, and no other story than that."""
+    """TEST.EXPECTED_RESULTS are missed: exit code 1, and no other error."""
     words = ["--num-gpus", 2, "--dist-timeout", 120, "--config-file", own_config]
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.1]]"]
     code, out, err = run(*words, *one_image, *WORDS, *expected, cwd=tmp_path)

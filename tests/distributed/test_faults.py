@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a training of two processes, through train_net.py.
+"""Faults during a training of two processes, through train_net.py.
 
 This module is also the driver: FAULT names what :func:`main` does to one of the processes.
 """
@@ -31,7 +31,7 @@ from ..projects.test_fcos import tiny_fcos
 from ..toy import toy_inputs, toy_model
 from .test_two_processes import free_port
 
-LIMIT = 60  # seconds that nothing here may hang for, on a loaded machine
+LIMIT = 60  # seconds after which something hangs, on a loaded machine
 
 
 def nan_loss():
@@ -160,7 +160,7 @@ def errors(err):
     return [line for line in err.splitlines() if "error:" in line]
 
 
-def test_a_loss_that_is_not_a_number_on_one_rank_stops_both_before_the_weights_are_hurt(own_config):
+def test_nan_on_one_rank_stops_both_before_the_weights_change(own_config):
     code, out, err = run("nan_loss", own_config, "SOLVER.CHECKPOINT_PERIOD", 1)
     assert code == 2, err
     (line,) = errors(err)
@@ -251,7 +251,7 @@ def two_ranks(rank, port, folder):
                 both = [torch.zeros(()), torch.zeros(())]
                 dist.all_gather(both, total)
                 assert both[0] == both[1] > 0
-    # Losses, seconds and a signal that one rank tells of.
+    # Losses, seconds, and a signal of one rank.
     losses = {"loss_cls": torch.tensor(1.0 + rank), "loss_box_reg": torch.tensor(0.5)}
     report = share(losses, 0.3 - 0.2 * rank, signal.SIGINT if rank == 1 else None)
     assert report == ({"loss_cls": 1.5, "loss_box_reg": 0.5}, 0.3, signal.SIGINT)
@@ -262,7 +262,7 @@ def two_ranks(rank, port, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RuntimeError) as caught:
         dist.all_reduce(torch.zeros(10))
-    (folder / "told").write_text(str(user_error(caught.value)))
+    (folder / "message").write_text(str(user_error(caught.value)))
 
 
 def check_stream(rank):
@@ -275,12 +275,12 @@ def check_stream(rank):
     assert not draws[0] & draws[1]
 
 
-def test_ranks_without_positives_train_and_a_killed_one_is_told_by_the_other(tmp_path):
+def test_ranks_without_positives_train_and_one_reports_the_other_killed(tmp_path):
     context = mp.spawn(two_ranks, (free_port(), tmp_path), nprocs=2, join=False)
     for process in context.processes:
         process.join(timeout=3 * LIMIT)
     assert [p.exitcode for p in context.processes] == [0, -signal.SIGKILL]
-    told = (tmp_path / "told").read_text()
-    assert told.startswith("lost the connection to another process (")
-    assert "\n" not in told
-    assert told.endswith("--resume goes on from the last checkpoint")
+    message = (tmp_path / "message").read_text()
+    assert message.startswith("lost the connection to another process (")
+    assert "\n" not in message
+    assert message.endswith("--resume goes on from the last checkpoint")

@@ -1,5 +1,6 @@
-"""Starting processes as users do: by flags and by torchrun; and how such runs end."""
+"""Processes started as users do, by flags and by torchrun, and how such runs end."""
 
+import importlib
 import json
 import os
 import signal
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed import distributed_c10d
 
+from iou_balanced_d2.engine.agreement import CommonError
 from iou_balanced_d2.engine.launch import Placement, _join, find_placement, launch
 from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.errors import UserError
 
 from ..command import ROOT
 
+# (The package has a function of this name.)
+engine_launch = importlib.import_module("iou_balanced_d2.engine.launch")
 TRAIN_NET = str(ROOT / "train_net.py")
 
 
@@ -95,6 +99,24 @@ def test_machines_that_do_not_meet_end_after_the_time_out(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_of_each_machine_one_process_prints_an_error_of_all(monkeypatch):
+    """The launcher or torchrun ends the others in the time that they wait."""
+
+    def disagree(facts):
+        raise CommonError("rank 1 disagrees")
+
+    waits = []
+    monkeypatch.setattr(engine_launch, "_join", lambda *_: None)
+    monkeypatch.setattr(engine_launch, "check_same", disagree)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    args = launch_argument_parser().parse_args([])
+    for rank, expected in ((0, 0), (1, 1)):
+        monkeypatch.setattr(comm, "get_local_rank", lambda rank=rank: rank)
+        with pytest.raises(UserError, match="rank 1 disagrees"):
+            launch(print, args, Placement(2, 1, 0, started=True), device="cpu", facts={})
+        assert len(waits) == expected
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start train_net.py in a process group of its own, as a terminal does."""
@@ -118,7 +140,7 @@ def start(tmp_path):
 
 
 def behave(how, folder, args):
-    """What one of two processes does: rank 1 what is asked for, rank 0 waits for it."""
+    """One of two processes: rank 1 fails as asked for, rank 0 waits for it."""
     rank = comm.get_rank()
     (Path(folder) / f"{rank}.json").write_text(
         json.dumps([torch.get_num_threads(), comm.get_world_size(), comm.get_local_size()])
@@ -127,7 +149,7 @@ def behave(how, folder, args):
         time.sleep(0.5)
         if how == "error":
             raise ValueError("of rank 1")
-        if how == "exit":  # as by results that are not those expected
+        if how == "exit":  # as after results other than those expected
             raise SystemExit(1)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -232,9 +254,12 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     torchrun += ["--rdzv-id", "x", "--max-restarts", "1"]
-    agents = [start("--config-file", own_config, *LONG, before=torchrun) for _ in range(2)]
+    # Else a process may read the addresses of those before the restart, see docs/distributed.md.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    words = ["--config-file", own_config, *LONG]
+    agents = [start(*words, before=torchrun, **environment) for _ in range(2)]
     wait_for((out / "last_checkpoint").exists, agents[0])
-    for path in out.glob("model_*.pth"):  # the host's clock says nothing
+    for path in out.glob("model_*.pth"):  # which is the last must not follow from the clock
         os.utime(path, (1e9, 1e9))
     os.kill(workers_of(agents[1].pid)[0], signal.SIGKILL)
     wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agents[0])

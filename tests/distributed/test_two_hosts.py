@@ -1,6 +1,6 @@
-"""Two hosts without a common file system, two processes each: one training, or one clear end.
+"""Two hosts without a common file system, two processes each: a training, or a clear error.
 
-Each process is a whole Python, so that one start answers several questions.
+Starting processes is slow, so each test checks several things.
 """
 
 import importlib
@@ -39,14 +39,14 @@ PORT = 29400
 LAST, SAVED = 8, 4  # iterations of a training, and after how many it writes a checkpoint
 FIRST_CHECKPOINT = f"model_{SAVED - 1:07d}.pth"
 ENDLESS = ["SOLVER.MAX_ITER", 1_000_000, "SOLVER.CHECKPOINT_PERIOD", 1_000_000]
-# Seconds in which a run must have ended, on a loaded machine: one in which something has happened,
-# and one that should not even start; both far less than the default of --dist-timeout.
+# Seconds in which a run must end on a loaded machine, after a fault and if it must not start; far
+# less than the default of --dist-timeout.
 PATIENCE = 90
 PATIENCE_TO_START = 240
 
 
 class RecordingTrainer(Trainer):
-    """The training of a process that tells how far it is and leaves its weights at the end."""
+    """Writes each process's iteration to a file, and its weights at the end."""
 
     def run_step(self):
         super().run_step()

@@ -204,7 +204,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_what_is_trusted_is_read_as_it_is(tmp_path, suffix):
+def test_trusted_files_are_read_whole(tmp_path, suffix):
     read_checkpoint(str(write_malicious(tmp_path, suffix)), trust=True)
     assert (tmp_path / "made").exists()
 

@@ -1,4 +1,4 @@
-"""Config files and options: what goes wrong is told in one line that names it."""
+"""Config files and options: each mistake is one line that names it."""
 
 import logging
 
@@ -65,7 +65,7 @@ def test_unknown_and_unfit_options_are_explained():
     assert "SOLVER.BASE_LR" in refusal(load_config, R50, ["SOLVER.BASE_LR", "fast"])
 
 
-def test_command_line_swallows_nothing():
+def test_misplaced_flags_and_keys_without_value_are_refused():
     args = parse_arguments(["--num-gpus", "4", "--config-file", R50, "SOLVER.BASE_LR", "-1"])
     assert (args.num_gpus, args.opts) == (4, ["SOLVER.BASE_LR", "-1"])
     opts = ["--config-file", R50, "SOLVER.BASE_LR", ".01"]

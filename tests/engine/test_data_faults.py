@@ -49,7 +49,7 @@ def test_unknown_categories_are_an_error(tmp_path, own_config):
     assert "1 x unknown category: annotation 4: category_id 5" in err.splitlines()[-1]
 
 
-def test_anchors_that_can_not_meet_the_boxes_are_told(tmp_path, own_config):
+def test_anchors_that_can_not_match_the_boxes_are_reported(tmp_path, own_config):
     sizes = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[256], [256], [512], [512], [512]]"]
     words = [*sizes, "SOLVER.MAX_ITER", 1]
     code, out, err = run("--config-file", own_config, *words, cwd=tmp_path)

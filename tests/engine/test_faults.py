@@ -1,4 +1,4 @@
-"""Errors in one line, logs on a full disk, and what the processes tell each other in a step."""
+"""Errors in one line, logs on a full disk, and what the processes share in a step."""
 
 import ast
 import errno
@@ -105,23 +105,23 @@ def test_a_full_disk_names_the_file():
         "NCCL communicator was aborted on rank 1.\nOriginal reason for failure was: ...",
     ],
 )
-def test_a_lost_connection_is_told_with_torch_s_first_line(message):
-    told = str(user_error(RuntimeError(message)))
-    assert told.startswith("lost the connection to another process (")
-    assert re.sub(r"^\[\S+:\d+\] ", "", message.splitlines()[0]) in told
-    assert "\n" not in told
-    assert ".cc:" not in told
-    assert ("(--dist-timeout)" in told) == ("Timed out" in message)
+def test_a_lost_connection_is_reported_with_torch_s_first_line(message):
+    shown = str(user_error(RuntimeError(message)))
+    assert shown.startswith("lost the connection to another process (")
+    assert re.sub(r"^\[\S+:\d+\] ", "", message.splitlines()[0]) in shown
+    assert "\n" not in shown
+    assert ".cc:" not in shown
+    assert ("(--dist-timeout)" in shown) == ("Timed out" in message)
 
 
-def test_what_nccl_says_last_is_told():
+def test_the_last_error_of_nccl_is_reported():
     message = (
         "NCCL error in: NCCLUtils.hpp:275, unhandled system error, NCCL version 2.19.3\n"
         "ncclSystemError: System call (e.g. socket, malloc) failed.\nLast error:\n"
         "socketStartConnect: Connect to 10.0.0.2<35041> failed\n"
     )
-    told = lost_connection(RuntimeError(message))
-    assert told.endswith("2.19.3: socketStartConnect: Connect to 10.0.0.2<35041> failed")
+    shown = lost_connection(RuntimeError(message))
+    assert shown.endswith("2.19.3: socketStartConnect: Connect to 10.0.0.2<35041> failed")
 
 
 def test_torch_s_own_errors_of_connections_are_known():
@@ -131,7 +131,7 @@ def test_torch_s_own_errors_of_connections_are_known():
             assert lost_connection(kind("first\nsecond")) == "first"
 
 
-def test_a_worker_that_was_killed_is_told():
+def test_a_killed_worker_is_reported():
     message = "DataLoader worker (pid 12) is killed by signal: Killed. "
     assert "lower DATALOADER.NUM_WORKERS" in str(user_error(RuntimeError(message)))
 
@@ -235,14 +235,14 @@ def test_a_loss_that_is_not_finite_is_named_and_the_weights_stay(value):
     assert model.weight == 1
 
 
-def test_a_signal_rides_with_the_losses():
+def test_signals_are_shared_with_the_losses():
     losses = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
     assert share(losses, 0.5, None) == ({"a": 1.0, "b": 2.0}, 0.5, None)
     for signum in (signal.SIGTERM, signal.SIGINT):
         assert share(losses, 0.5, signum).signum == signum
 
 
-def test_once_it_is_stopping_no_signal_disturbs():
+def test_signals_are_ignored_while_stopping():
     signals = StopSignals()
     with signals:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -252,7 +252,7 @@ def test_once_it_is_stopping_no_signal_disturbs():
             os.kill(os.getpid(), signum)
 
 
-def test_a_signal_from_before_stops_where_it_may_stop_anywhere():
+def test_an_interruptible_function_stops_for_an_earlier_signal():
     done = []
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

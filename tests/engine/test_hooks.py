@@ -117,7 +117,7 @@ def test_a_new_training_forgets_the_best_of_an_old_one(cfg, tmp_path):
     assert best_of(cfg)["iteration"] == 1
 
 
-def test_an_unknown_metric_is_told_once(cfg, tmp_path, caplog):
+def test_an_unknown_metric_is_logged_once(cfg, tmp_path, caplog):
     trainer = scripted(cfg, [1.0, 2.0, 3.0], metric="bbox/AP57")
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -240,7 +240,7 @@ def test_two_processes_give_the_mean_over_all_images(tmp_path):
     assert first[1]["validation"] == pytest.approx(one_by_one, rel=1e-6)
 
 
-# TensorBoard writes in a thread of its own, which hands its error on to the next write.
+# TensorBoard writes in its own thread; its error is raised by the next write.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_for_the_scalars_is_a_warning_and_the_training_goes_on(tmp_path, caplog):
     """A limit on the files' size stands for the full disk; metrics.json goes on when it ends."""

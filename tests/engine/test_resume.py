@@ -150,7 +150,7 @@ def check_equal(a, b, where=""):
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder):
-    """With other numbers of workers besides, and evaluations at other times of the process."""
+    """Also with other numbers of workers, and evaluations at other iterations."""
     train(Dropping, config_of(folder, "whole"))
     expected = load(folder / "whole/model_final.pth")
     assert expected.keys() == {"model", "trainer", "iou_balanced", "data", "ema", "iteration"}
@@ -221,17 +221,17 @@ def test_an_evaluation_is_broken_off_at_once(folder, monkeypatch, last, tag):
 
 
 def test_a_later_signal_of_the_same_kind_ends_at_once():
-    """SIGTERM and then SIGINT do not: that is how the end of a launching process is told.
+    """SIGTERM and then SIGINT do not, as an agent that SIGTERM has ended sends SIGINT.
 
-    Nor does one that comes twice at once: to the process, and to its group.
+    Nor does a signal that comes twice within a second, to the process and to its group.
     """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         with StopSignals():
-            for signum, told in ((signal.SIGTERM, b"1"), (signal.SIGINT, b"2")):
+            for signum, mark in ((signal.SIGTERM, b"1"), (signal.SIGINT, b"2")):
                 for _ in range(2):
                     os.kill(os.getpid(), signum)
-                os.write(writer, told)
+                os.write(writer, mark)
             time.sleep(1.1 * ONE_SIGNAL)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
