@@ -1,5 +1,6 @@
 """Find the positives of a batch once, as indices; later all tensors of boxes have P rows."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -52,41 +53,35 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
     Raises:
         ValueError: if a label is above K; a GPU would end the process without naming the cause.
     """
-    num_images = len(gt_labels)
+    num_images, num_levels = len(gt_labels), len(level_sizes)
     no_labels = torch.zeros(0, sum(level_sizes), dtype=torch.int64)
-    stacked = torch.stack(gt_labels) if gt_labels else no_labels
-    levels = stacked.split(level_sizes, dim=1)  # L of (N, R_l)
-    labels = torch.cat([x.reshape(-1) for x in levels])  # level by level, (N * R,)
-    is_positive, is_ignored = (labels >= 0) & (labels != num_classes), labels < 0
-    level_rows = [num_images * size for size in level_sizes]
-    blocks = (
-        torch.stack(
-            [
-                x.view(num_images, size).sum(dim=1)
-                for x, size in zip(mask.split(level_rows), level_sizes, strict=True)
-            ]
-        )
-        for mask in (is_positive, is_ignored)
-    )
-    counted = torch.stack([*blocks])  # (2, L, N)
-    highest_label = labels.max() if len(labels) else labels.new_zeros(())
-    *flat, highest = torch.cat([counted.flatten(), highest_label[None]]).tolist()
+    labels = torch.stack(gt_labels) if gt_labels else no_labels
+    # Almost all anchors are background: they are passed over once.
+    image, anchor = (labels != num_classes).nonzero().unbind(dim=1)
+    label = labels[image, anchor]
+    bounds = torch.tensor([0, *itertools.accumulate(level_sizes)], device=labels.device)
+    level = torch.bucketize(anchor, bounds[1:], right=True)
+    start, size = bounds[level], bounds.diff()[level]
+    is_ignored = (label < 0).long()
+    row = image * size + anchor - start
+    # Positives first, both level by level.
+    order = (is_ignored * labels.numel() + num_images * start + row).argsort()
+    block = (is_ignored * num_levels + level) * num_images + image
+    counts = torch.zeros(2 * num_levels * num_images, dtype=torch.int64, device=labels.device)
+    counts.index_add_(0, block, torch.ones_like(block))
+    highest = label.max() if len(label) else num_classes * label.new_ones(())
+    *counts, highest = torch.cat([counts, highest[None]]).tolist()
     if highest > num_classes:
         raise ValueError(
             f"label {highest} in the ground truth, but the detector's NUM_CLASSES (such as "
             f"MODEL.RETINANET.NUM_CLASSES) is {num_classes}"
         )
-    counts = torch.tensor(flat, dtype=torch.int64).view(counted.shape).tolist()
-    positive, ignored = (
-        mask.nonzero().squeeze(1).split([sum(block) for block in blocks])
-        for mask, blocks in zip((is_positive, is_ignored), counts, strict=True)
-    )
-    targets, images, start = [], [], 0
-    for size, num_rows, p, i in zip(level_sizes, level_rows, positive, ignored, strict=True):
-        targets.append(FocalTargets(p - start, labels[p], i - start))
-        images.append((p - start) // max(size, 1))
-        start += num_rows
-    return Positives(targets, torch.cat(images), counts[0])
+    blocks = [counts[i * num_images :][:num_images] for i in range(2 * num_levels)]
+    sizes = [sum(block) for block in blocks]
+    rows, classes = (x[order].split(sizes) for x in (row, label))
+    targets = map(FocalTargets, rows[:num_levels], classes, rows[num_levels:])
+    num_positives = sum(sizes[:num_levels])
+    return Positives(list(targets), image[order[:num_positives]], blocks[:num_levels])
 
 
 def gather_rows(levels: list[Tensor], positives: Positives) -> Tensor:
