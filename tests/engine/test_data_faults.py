@@ -46,7 +46,7 @@ def test_unknown_categories_are_an_error(tmp_path, own_config):
     path.write_text(json.dumps(content))
     code, _, err = run("--config-file", own_config, cwd=tmp_path)
     assert code == 2
-    assert "1 x unknown category: annotation 4: category_id 5" in err.splitlines()[-1]
+    assert "1 x unknown category: annotations[3] (id 4): category_id 5" in err.splitlines()[-1]
 
 
 def test_anchors_that_can_not_match_the_boxes_are_reported(tmp_path, own_config):
@@ -54,4 +54,4 @@ def test_anchors_that_can_not_match_the_boxes_are_reported(tmp_path, own_config)
     words = [*sizes, "SOLVER.MAX_ITER", 1]
     code, out, err = run("--config-file", own_config, *words, cwd=tmp_path)
     assert code == 0, err
-    assert "only 0% of the boxes meet an anchor at IoU 0.5; see MODEL.ANCHOR_GENERATOR" in out + err
+    assert "only 0% of the boxes meet an anchor at IoU 0.5; " in out + err

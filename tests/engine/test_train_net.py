@@ -142,7 +142,7 @@ BAD_INPUT = {
     "no image": (
         [],
         lambda p: (p / "images/0.png").unlink(),
-        "'0.png' of annotations.json is not in the folder",
+        "annotations.json: 1 x missing image: images/0.png",
     ),
     "output is a file": (
         ["OUTPUT_DIR", "own.yaml/out"],
