@@ -1,8 +1,10 @@
 """A protocol carried out: complete runs are skipped, those cut off go on, several run at once."""
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from .evidence import record_file, write_record
 from .held_out import hold_out
 from .protocol import MeanOf, Protocol, Settings, references
 from .runs import Run, num_cores
 
 _CORES_PER_RUN = 2
+_Started = Callable[[subprocess.Popen[bytes]], None]
+# detectron2's catalog of data sets is one for all threads.
+_ONE_RECORD_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class Experiment:
         output: folder of ``<data set>/<variant>/seed<n>``.
         train_script: train_net.py.
         at_once: how many runs at the same time.
+        records: folder for the record of each complete run; None writes none. A run with a record
+            needs no detections any more.
     """
 
     protocol: Protocol
     output: Path
     train_script: Path
     at_once: int
+    records: Path | None = None
 
     def carry_out(self) -> dict[str, dict[str, list[Run]]]:
         """Run what is not complete yet.
@@ -41,7 +50,8 @@ class Experiment:
             the runs by data set and variant.
 
         Raises:
-            UserError: if runs have failed, naming them, after all others are through.
+            UserError: if runs have failed, naming them, after all others are through; or if a
+                record can't be written.
         """
         bases = {n: self._judged_by(n) | self._choose(n) for n in self.protocol.data_sets}
         runs: dict[str, dict[str, list[Run]]] = {
@@ -62,8 +72,17 @@ class Experiment:
                     runs[name][variant].append(run)
                     waiting.append(run)
         self._execute(waiting)
-        _check_complete([r for groups in runs.values() for group in groups.values() for r in group])
+        every_run = [r for groups in runs.values() for group in groups.values() for r in group]
+        _check_complete(every_run)
+        for run in every_run:
+            self._record(run)
         return runs
+
+    def _record(self, run: Run) -> None:
+        """Write the record of a complete run, unless there is one."""
+        if self.records and run.complete and not record_file(self.records, run.name).is_file():
+            with _ONE_RECORD_AT_A_TIME:
+                write_record(run.folder, self.records)
 
     def _judged_by(self, name: str) -> Settings:
         """The data set's settings, judged by a part held out where the protocol says so."""
@@ -137,8 +156,7 @@ class Experiment:
         processes: list[subprocess.Popen[bytes]] = []
         with ThreadPoolExecutor(self.at_once) as pool:
             results = [
-                pool.submit(_execute, run, self.train_script, environment, processes.append)
-                for run in waiting
+                pool.submit(self._train, run, environment, processes.append) for run in waiting
             ]
             try:
                 for result in results:
@@ -150,19 +168,23 @@ class Experiment:
                         process.terminate()
                 raise
 
+    def _train(self, run: Run, environment: Mapping[str, str], started: _Started) -> None:
+        if self.records:  # of another run in this folder
+            record_file(self.records, run.name).unlink(missing_ok=True)
+        exit_code = run.execute(self.train_script, environment, started)
+        minutes, state = run.record["seconds"] / 60, "FAILED" if exit_code else "done"
+        print(f"{run.name}: {state} ({minutes:.1f} min)", flush=True)
+        if run.name.count("/") == 2:  # no trial of _choose
+            # One that can't be written must not end the other trainings; it is tried again below.
+            with contextlib.suppress(UserError):
+                self._record(run)
+
 
 def _check_complete(runs: Sequence[Run]) -> None:
     failed = [run for run in runs if not run.complete]
     if failed:
         where = ", ".join(str(run.folder / "console.txt") for run in failed)
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
-
-
-def _execute(run: Run, *how: Any) -> int:
-    exit_code = run.execute(*how)
-    minutes = run.record["seconds"] / 60
-    print(f"{run.name}: {'done' if exit_code == 0 else 'FAILED'} ({minutes:.1f} min)", flush=True)
-    return exit_code
 
 
 def _label(option: Settings) -> str:

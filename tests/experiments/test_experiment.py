@@ -1,12 +1,15 @@
 """Carrying out a protocol, with a training script that takes no time."""
 
+import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +18,11 @@ from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
 from iou_balanced_d2.experiments.protocol import Choice, MeanOf, Protocol
 
+from ..analysis.drawn import draw_truth
+
 FAKE = Path(__file__).parent / "fake_train_net.py"
+ROOT = Path(__file__).parents[2]
+ETA = "MODEL.IOU_BALANCED.CLS_ETA"
 WEIGHT = "MODEL.IOU_BALANCED.LOC_WEIGHT"
 
 
@@ -153,6 +160,66 @@ def test_too_few_images_to_hold_out(tmp_path, coco):
         hold_out(tmp_path / "detector.yaml", coco, 0.01, tmp_path / "parts")
 
 
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch):
+    """tools/reproduce.py with the fake training; the exit code."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("reproduce")
+    monkeypatch.setattr(tool, "TRAIN_SCRIPT", FAKE)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["reproduce.py", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            return tool.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    return call
+
+
+def write_shapes(tmp_path, *names):
+    """Test sets; the config keys of each."""
+    rng = np.random.default_rng(0)
+    data_sets = {}
+    for name in names:
+        file, unique = tmp_path / f"{name}.json", f"{name}_{tmp_path.name}"
+        file.write_text(json.dumps(draw_truth(rng, 20).dataset))
+        data_sets[name] = {
+            "DATASETS.COCO_JSON": [[unique, str(file), str(tmp_path)]],
+            "DATASETS.TEST": [unique],
+        }
+    return data_sets
+
+
+def test_records_are_written_and_compared_without_detections(reproduce, tmp_path, capsys):
+    protocol = {
+        "description": "d", "config": "detector.yaml", "seeds": [1, 2, 3], "memory_gib": 1,
+        "data_sets": write_shapes(tmp_path, "a b", "c"),
+        "variants": {"and": {ETA: 1.5}, "baseline": {ETA: 0.0}},
+    }  # fmt: skip
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
+    command = ["toy.yaml", "--records", "evidence", "--at-once", "2"]
+    assert reproduce(*command) == 0
+    assert "and against baseline on 2 data sets: better" in capsys.readouterr().out
+    records = sorted((tmp_path / "evidence").iterdir())
+    assert [r.name for r in records[:2]] == ["a_b-and-seed1.json", "a_b-and-seed2.json"]
+    assert len(records) == 12
+    assert json.loads(records[0].read_text())["dataset"] == "a b"
+    assert (tmp_path / "output/toy/forest_and.png").is_file()
+
+    for folder in (tmp_path / "output/toy").glob("*/*/*/inference"):
+        shutil.rmtree(folder)
+    first = records[0].read_text()
+    assert reproduce(*command) == 0, "needs no detections"
+    assert records[0].read_text() == first
+    records[0].unlink()
+    assert reproduce(*command) == 2
+    assert "evaluate the run first" in capsys.readouterr().err
+
+
 def test_an_end_from_outside_ends_the_runs(tmp_path):
     """``kill`` on tools/reproduce.py leaves no training behind."""
     script = tmp_path / "train_net.py"
@@ -172,10 +239,9 @@ def test_an_end_from_outside_ends_the_runs(tmp_path):
         f"reproduce.TRAIN_SCRIPT = pathlib.Path({str(script)!r})\n"
         "sys.exit(reproduce.main())"
     )
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, "toy.yaml", "--output", "out", "--at-once", "1"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env={"PYTHONPATH": f"{root}:{root / 'tools'}", "PATH": ""}
+        command, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": ""}
     )
     pid_file = tmp_path / "out/s/v/seed1/pid"
     wait_for(lambda: pid_file.exists() and pid_file.read_text(), seconds=120)

@@ -180,8 +180,8 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
 
     Args:
         paths: JSON files of :mod:`iou_balanced_d2.experiments.evidence`, or any with "dataset",
-            "variant", "seed" and "metrics" (AP, AP50, AP75, AP85, AP90). The first one's variant
-            is what the others are compared with.
+            "variant", "seed" and "metrics" (AP, AP50, AP75, AP85, AP90). The others are compared
+            with the variant "baseline", or, where there is none, with the first file's.
 
     Returns:
         each other variant against the first.
@@ -201,7 +201,8 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
             )
         seeds[seed] = record["metrics"]
         variants[variant] = None
-    first, *others = variants
+    first = "baseline" if "baseline" in variants else next(iter(variants))
+    others = [variant for variant in variants if variant != first]
     found = {
         other: {
             dataset: _paired_effects(dataset, by_variant, first, other)
