@@ -27,14 +27,18 @@
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from detectron2.modeling import META_ARCH_REGISTRY
 
+from ..engine import load_config
 from ..errors import UserError
+from ..losses import LossOptions
 
 Settings = dict[str, Any]  # config key -> value
 
@@ -181,6 +185,53 @@ def load_protocol(path: str, *, data: str = ".", weights: str = "") -> Protocol:
     reader.finish()
     _check(protocol, reader)
     return protocol
+
+
+def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -> Protocol:
+    """Baseline and IoU-balanced losses of any config file, equal in all else.
+
+    Args:
+        config_file: of detectron2; a plain detector becomes the IoU-balanced one.
+        num_seeds: runs of each variant, with seeds 1, 2, ...
+        weights: MODEL.WEIGHTS of all runs; "" for the config's.
+
+    Returns:
+        the protocol: "baseline" with both powers 0, "both" with the config's powers, or with the
+        defaults if both are 0 there.
+
+    Raises:
+        UserError: if the file is broken, the detector has no IoU-balanced losses, or there is no
+            test set or seed.
+    """
+    cfg = load_config(config_file)
+    plain = cfg.MODEL.META_ARCHITECTURE.removeprefix("IoUBalanced")
+    if f"IoUBalanced{plain}" not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"{config_file}: MODEL.META_ARCHITECTURE {plain} has no IoU-balanced losses"
+        )
+    if not cfg.DATASETS.TEST:
+        raise UserError(f"{config_file}: DATASETS.TEST is empty: there is nothing to judge by")
+    if num_seeds < 1:
+        raise UserError(f"--seeds {num_seeds}: expected 1 or more (3 is usual)")
+    base = {"MODEL.META_ARCHITECTURE": f"IoUBalanced{plain}"}
+    if weights:
+        base["MODEL.WEIGHTS"] = str(Path(weights).resolve())
+    powers = {key: cfg.MODEL.IOU_BALANCED[key] for key in ("CLS_ETA", "LOC_LAMBDA")}
+    if not any(powers.values()):
+        powers = {key: getattr(LossOptions(), key.lower()) for key in powers}
+    return Protocol(
+        name=Path(config_file).stem,
+        description=f"Does it help on this data? {Path(config_file).name}, with and without the "
+        "IoU-balanced losses. Judged by AP on DATASETS.TEST.",
+        config=Path(config_file).resolve(),
+        data_sets={"+".join(cfg.DATASETS.TEST): base},
+        variants={
+            "baseline": {f"MODEL.IOU_BALANCED.{key}": 0.0 for key in powers},
+            "both": {f"MODEL.IOU_BALANCED.{key}": value for key, value in powers.items()},
+        },
+        seeds=list(range(1, num_seeds + 1)),
+        memory_gib=math.inf,  # not known: one at a time, unless --at-once says more
+    )
 
 
 def _read_mapping(path: str) -> dict[str, Any]:

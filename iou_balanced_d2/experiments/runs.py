@@ -108,7 +108,6 @@ class Run:
         with open(self.folder / "console.txt", "a") as console:
             process = subprocess.Popen(
                 command,
-                cwd=train_script.parent,
                 env={**os.environ, **environment},
                 stdout=console,
                 stderr=subprocess.STDOUT,

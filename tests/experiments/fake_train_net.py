@@ -14,7 +14,18 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--config-file", required=True)
 parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
-config = yaml.safe_load(Path(args.config_file).read_text())
+
+
+def load(path):
+    """The config with what it is based on."""
+    config = yaml.safe_load(Path(path).read_text())
+    merged = load(config.pop("_BASE_")) if "_BASE_" in config else {}
+    for section, values in config.items():
+        merged[section] = merged.get(section, {}) | values if isinstance(values, dict) else values
+    return merged
+
+
+config = load(args.config_file)
 output = Path(config["OUTPUT_DIR"])
 with open(output / "calls.txt", "a") as calls:
     calls.write("resumed\n" if args.resume else "started\n")
@@ -35,7 +46,7 @@ with open(output / "metrics.json", "a") as log:
 
 (output / "config.yaml").write_text(yaml.safe_dump(config))
 dice = random.Random(config["SEED"])
-noise = 3.0 - config.get("MODEL", {}).get("IOU_BALANCED", {}).get("CLS_ETA", 0.0)
+noise = 10 - 4 * config.get("MODEL", {}).get("IOU_BALANCED", {}).get("CLS_ETA", 0.0)
 for name, file, _ in config.get("DATASETS", {}).get("COCO_JSON", []):
     if name in config["DATASETS"]["TEST"]:
         truth = json.loads(Path(file).read_text())

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -195,7 +196,7 @@ def write_shapes(tmp_path, *names):
 
 def test_records_are_written_and_compared_without_detections(reproduce, tmp_path, capsys):
     protocol = {
-        "description": "d", "config": "detector.yaml", "seeds": [1, 2, 3], "memory_gib": 1,
+        "description": "d", "config": "detector.yaml", "seeds": [1, 2], "memory_gib": 1,
         "data_sets": write_shapes(tmp_path, "a b", "c"),
         "variants": {"and": {ETA: 1.5}, "baseline": {ETA: 0.0}},
     }  # fmt: skip
@@ -206,7 +207,7 @@ def test_records_are_written_and_compared_without_detections(reproduce, tmp_path
     assert "and against baseline on 2 data sets: better" in capsys.readouterr().out
     records = sorted((tmp_path / "evidence").iterdir())
     assert [r.name for r in records[:2]] == ["a_b-and-seed1.json", "a_b-and-seed2.json"]
-    assert len(records) == 12
+    assert len(records) == 8
     assert json.loads(records[0].read_text())["dataset"] == "a b"
     assert (tmp_path / "output/toy/forest_and.png").is_file()
 
@@ -218,6 +219,36 @@ def test_records_are_written_and_compared_without_detections(reproduce, tmp_path
     records[0].unlink()
     assert reproduce(*command) == 2
     assert "evaluate the run first" in capsys.readouterr().err
+
+
+def test_does_it_help_on_my_data(reproduce, tmp_path, capsys):
+    (settings,) = write_shapes(tmp_path, "mine").values()
+    config = {
+        "MODEL": {"META_ARCHITECTURE": "RetinaNet", "IOU_BALANCED": {"CLS_ETA": 2.0}},
+        "DATASETS": {"COCO_JSON": settings["DATASETS.COCO_JSON"]},
+    }
+    config["DATASETS"]["TEST"] = settings["DATASETS.TEST"]
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config | {"VERSION": 2}))
+    assert reproduce("--config-file", "my.yaml", "--seeds", "2") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"both beats baseline: AP \+", printed)
+    assert re.search(r"both: (\+1.0 AP on this data set takes|More seeds alone)", printed)
+    (data_set,) = settings["DATASETS.TEST"]
+    runs = {
+        str(file.parent.relative_to(tmp_path / "output/my" / data_set)): yaml.safe_load(
+            file.read_text()
+        )
+        for file in (tmp_path / "output/my").rglob("run.yaml")
+    }
+    assert sorted(runs) == ["baseline/seed1", "baseline/seed2", "both/seed1", "both/seed2"]
+    both, baseline = runs["both/seed2"]["MODEL"], runs["baseline/seed1"]["MODEL"]
+    assert both["META_ARCHITECTURE"] == baseline["META_ARCHITECTURE"] == "IoUBalancedRetinaNet"
+    assert both["IOU_BALANCED"] == {"CLS_ETA": 2.0, "LOC_LAMBDA": 1.5}
+    assert baseline["IOU_BALANCED"] == {"CLS_ETA": 0.0, "LOC_LAMBDA": 0.0}
+
+    (tmp_path / "my.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\nVERSION: 2\n")
+    assert reproduce("--config-file", "my.yaml") == 2
+    assert "GeneralizedRCNN has no IoU-balanced losses" in capsys.readouterr().err
 
 
 def test_an_end_from_outside_ends_the_runs(tmp_path):

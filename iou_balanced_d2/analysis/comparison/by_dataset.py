@@ -55,17 +55,12 @@ class Against:
         found = "no difference could be shown"
         if random.p < LEVEL:
             found = "better" if random.value > 0 else "worse"
-        seeds = seeds_needed(_GAIN, effects) if max(e.num_runs for e in effects) > 1 else None
-        needed = (
-            f"+{_GAIN} AP on these data sets takes {seeds} seeds of each variant"
-            if seeds
-            else f"more seeds alone don't make +{_GAIN} AP detectable on these data sets"
-        )
         return (
             f"{self.name} against {self.first} on {len(effects)} data sets: {found}: AP "
             f"{_cell(random)}, p {format_p(random.p)} (random effects; on these sets alone, fixed "
             f"effect: {_cell(fixed)}). Less than {random.detectable:.1f} AP could not have been "
-            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power); {needed}."
+            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power). "
+            f"{seeds_sentence(effects)}"
         )
 
     def table(self) -> str:
@@ -91,6 +86,17 @@ class Against:
             }
             for metric, found in self.effects.items()
         }
+
+
+def seeds_sentence(effects: Sequence[Effect]) -> str:
+    """How many seeds it takes to find a gain of 1 AP on these data sets."""
+    where = "these data sets" if len(effects) > 1 else "this data set"
+    if max(e.num_runs for e in effects) == 1:
+        return "How many seeds a gain takes can't be told from one run of each variant."
+    seeds = seeds_needed(_GAIN, effects)
+    if seeds:
+        return f"+{_GAIN} AP on {where} takes {seeds} seeds of each variant."
+    return f"More seeds alone don't make +{_GAIN} AP detectable on {where}."
 
 
 def tells(effect: Effect) -> bool:
@@ -328,9 +334,10 @@ def compare_runs_by_dataset(
         columns = [comparison.metrics.index(metric) for metric in METRICS]
         for name, differences in comparison.differences.items():
             num_runs = min(len(by_side[first]), len(by_side[name]))
-            found[name][dataset] = [_effect(dataset, differences[c], num_runs) for c in columns]
+            found[name][dataset] = [effect_of(dataset, differences[c], num_runs) for c in columns]
     return _against(first, found)
 
 
-def _effect(dataset: str, d: Difference, num_runs: int) -> Effect:
+def effect_of(dataset: str, d: Difference, num_runs: int) -> Effect:
+    """A difference of two sides, each of so many runs, as the effect on a data set."""
     return Effect(dataset, d.value, d.standard_error, d.freedom, num_runs, d.of_images)
