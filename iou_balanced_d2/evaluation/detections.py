@@ -169,7 +169,12 @@ def read_detections(
 
 
 def make_detections(
-    rows: Any, ground_truth: GroundTruth, source: str, *, probabilities: bool = False
+    rows: Any,
+    ground_truth: GroundTruth,
+    source: str,
+    *,
+    probabilities: bool = False,
+    limit: int | None = MAX_DETECTIONS,
 ) -> Detections:
     """Detections from the list that such a file holds; see :func:`read_detections`.
 
@@ -178,6 +183,7 @@ def make_detections(
         ground_truth: of the same data set.
         source: what messages call the list, e.g. its file.
         probabilities: whether scores must lie between 0 and 1.
+        limit: of an image and class, the best-scored ones; None for none.
 
     Raises:
         UserError: see :func:`read_detections`.
@@ -196,7 +202,7 @@ def make_detections(
     group = label * len(ground_truth.images) + image
     order = np.lexsort((-scores, group))  # stable
     rank = _rank_in_group(group[order])
-    kept = rank < MAX_DETECTIONS
+    kept = slice(None) if limit is None else rank < limit
     order, rank = order[kept], rank[kept]
     columns = (boxes, areas, scores, group)
     return Detections(*(c[order] for c in columns), rank, label[order], image[order])

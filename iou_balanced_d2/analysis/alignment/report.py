@@ -177,8 +177,8 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
     page.heading("Score and IoU")
     page.text(
         "Correlation of the score with the IoU, over the right detections at IoU .5; and the "
-        "objects with a well-placed box (IoU .5 or more) that a worse-placed one outranks, with "
-        "the IoU that this costs."
+        "objects with a well-placed box (IoU .5 or more) that a worse-placed one (.3 or more) "
+        "outranks, with the IoU that this costs."
     )
     rows = []
     for name, result in results.items():
