@@ -13,9 +13,13 @@ from detectron2.utils.file_io import PathManager
 
 from ..data.voc import check_difficult_policy
 from ..errors import UserError
-from .coco_eval import available_implementations, choose_implementation, evaluate_boxes
+from .coco_eval import (
+    available_implementations,
+    choose_implementation,
+    evaluate_boxes,
+    prepare_ground_truth,
+)
 from .detections import make_detections, read_ground_truth
-from .ground_truth import prepare_ground_truth
 from .metrics import class_table, coco_metrics, recall_table, threshold_table, voc_table
 from .voc import voc_average_precision, voc_metrics
 

@@ -18,7 +18,6 @@ Array = NDArray[Any]
 Rows = list[dict[str, Any]]
 
 MAX_DETECTIONS = 100  # COCO's limit, of an image and class
-_NUMBERS = (int, float)
 _LARGEST = 1e100  # areas and sums of such numbers are finite
 _FIELDS = {"image_id", "category_id", "bbox", "score"}
 
@@ -217,25 +216,18 @@ def _rank_in_group(group: Array) -> Array:
 
 def _rows_of(rows: Rows, key: str, known: dict[Any, int], where: str, section: str) -> Array:
     """The row each id stands for; ids of 3 and 3.0 are the same."""
-    found = []
     for i, row in enumerate(rows):
-        value = row[key]
-        if type(value) not in (int, float, str) or value not in known:
+        if type(row[key]) not in (int, float, str) or row[key] not in known:
+            shown = ", ".join(map(repr, list(known)[:3])) + (", ..." if len(known) > 3 else "")
             raise UserError(
-                f"{where}[{i}]: {key} {value!r} is not among the ground truth's {section} "
-                f"(which are {_examples(known)}): is it of this data set?"
+                f"{where}[{i}]: {key} {row[key]!r} is not among the ground truth's {section} "
+                f"(which are {shown or 'none'}): is it of this data set?"
             )
-        found.append(known[value])
-    return np.array(found, np.int64)
-
-
-def _examples(known: dict[Any, int]) -> str:
-    shown = ", ".join(repr(key) for key in list(known)[:3])
-    return shown + (", ..." if len(known) > 3 else "") if known else "none"
+    return np.array([known[row[key]] for row in rows], np.int64)
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in _NUMBERS and -_LARGEST <= value <= _LARGEST
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _boxes(rows: Rows, where: str) -> tuple[Array, Array]:

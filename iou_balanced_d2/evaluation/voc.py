@@ -118,13 +118,14 @@ def voc_metrics(ap: VocAP, class_names: Sequence[str]) -> dict[str, float]:
         for "11pt" and "area": AP_11pt (mean over thresholds and classes), AP50_11pt, ...
         AP95_11pt (mean over classes), and AP50_11pt-<class>.
     """
-    metrics = {}
-    for kind, values in (("11pt", ap.eleven_point), ("area", ap.area)):
-        defined = values[:, ~np.isnan(values[0])]
-        means = [float(100 * x.mean()) if x.size else float("nan") for x in defined]
-        metrics[f"AP_{kind}"] = float(np.mean(means))
-        metrics |= {f"AP{t}_{kind}": m for t, m in zip(IOU_PERCENT, means, strict=True)}
-    for kind, values in (("11pt", ap.eleven_point), ("area", ap.area)):
+    metrics: dict[str, float] = {}
+    kinds = {"11pt": ap.eleven_point, "area": ap.area}
+    for kind, values in kinds.items():
+        defined = 100 * values[:, ~np.isnan(values[0])]
+        means = defined.mean(axis=1) if defined.size else np.full(len(values), np.nan)
+        metrics[f"AP_{kind}"] = float(means.mean())
+        metrics |= {f"AP{t}_{kind}": float(m) for t, m in zip(IOU_PERCENT, means, strict=True)}
+    for kind, values in kinds.items():
         each = zip(class_names, values[0], strict=True)
         metrics |= {f"AP50_{kind}-{name}": float(100 * x) for name, x in each}
     return metrics

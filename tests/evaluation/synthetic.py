@@ -9,8 +9,8 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
+from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
 from iou_balanced_d2.evaluation.detections import make_detections, read_ground_truth
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
 from iou_balanced_d2.evaluation.matching import IGNORED, RIGHT, WRONG
 
 

@@ -17,7 +17,7 @@ import yaml
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
-from iou_balanced_d2.experiments.protocol import Choice, MeanOf, Protocol
+from iou_balanced_d2.experiments.protocol import Choice, Protocol
 
 from ..analysis.drawn import draw_truth
 
@@ -25,6 +25,10 @@ FAKE = Path(__file__).parent / "fake_train_net.py"
 ROOT = Path(__file__).parents[2]
 ETA = "MODEL.IOU_BALANCED.CLS_ETA"
 WEIGHT = "MODEL.IOU_BALANCED.LOC_WEIGHT"
+
+
+def mean_of(variant):
+    return {"mean_of": "iou_balanced/loc_mean_weight", "variant": variant}
 
 
 @pytest.fixture
@@ -57,16 +61,13 @@ def experiment(tmp_path, coco):
             "description": "",
             "config": tmp_path / "detector.yaml",
             "data_sets": {"set": coco},
-            "variants": {"loc": {}, "control": {WEIGHT: MeanOf(SCALAR, "loc")}, "x y/z": {}},
+            "variants": {"loc": {}, "control": {WEIGHT: mean_of("loc")}, "x y/z": {}},
             "seeds": [1, 2],
             "memory_gib": 1.0,
         }
         return Experiment(Protocol(**(protocol | changes)), tmp_path / "runs", FAKE, at_once=2)
 
     return make
-
-
-SCALAR = "iou_balanced/loc_mean_weight"
 
 
 def calls(folder):
@@ -113,7 +114,7 @@ def test_a_run_that_broke_is_named_and_goes_on(experiment, tmp_path):
 def test_what_needs_a_broken_run_is_left_out_and_the_rest_is_run(experiment, tmp_path):
     variants = {
         "bad": {WEIGHT: 666.0},
-        "control": {WEIGHT: MeanOf(SCALAR, "bad")},
+        "control": {WEIGHT: mean_of("bad")},
         "good": {},
     }
     with pytest.raises(UserError, match="2 of 4 runs failed"):
@@ -134,7 +135,7 @@ def test_the_best_option_is_chosen_without_the_test_data(experiment, tmp_path, c
     runs = experiment(choose=choose).carry_out()
     assert "set: chosen: BASE_LR=0.02" in capsys.readouterr().out
     assert all(run.settings["SOLVER.BASE_LR"] == 0.02 for run in runs["set"]["control"])
-    trial = yaml.safe_load((tmp_path / "runs/set/choose/BASE_LR=0.01/seed7/run.yaml").read_text())
+    trial = yaml.safe_load((tmp_path / "runs/choose/set/BASE_LR=0.01/seed7/run.yaml").read_text())
     (held_out,) = trial["DATASETS"]["TEST"]
     assert held_out.endswith("-held_out")
     final = yaml.safe_load((tmp_path / "runs/set/loc/seed1/run.yaml").read_text())

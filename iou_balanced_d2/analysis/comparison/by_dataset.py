@@ -1,10 +1,10 @@
 """Variants compared on several data sets: each set's differences, and the effect over all."""
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 from tabulate import tabulate
 
 from ...errors import UserError
-from ...files import write_atomically
+from ...files import write_atomically, write_text
+from ..plots import make_folder
 from .compare import compare_sides
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
@@ -148,31 +149,21 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     Raises:
         UserError: if they can't be written.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from error
-    contents, parts = {}, []
+    folder = make_folder(folder)
+    files, parts = [folder / "by_dataset.md", folder / "by_dataset.json"], []
     for against in found:
         title = f"{against.name} against {against.first}"
-        picture = f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
-        buffer = io.BytesIO()
-        forest_plot(title, against.effects, against.pooled).savefig(buffer, format="png")
-        contents[picture] = buffer.getvalue()
+        file = folder / f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
+        figure = forest_plot(title, against.effects, against.pooled)
+        write_atomically(file, partial(figure.savefig, format="png"))
+        files.append(file)
         parts.append(
-            f"## {title}\n\n{against.verdict()}\n\n![{title}]({picture})\n\n{against.table()}\n"
+            f"## {title}\n\n{against.verdict()}\n\n![{title}]({file.name})\n\n{against.table()}\n"
         )
+    write_text(files[0], "\n".join(parts))
     numbers = {against.name: against.to_json() for against in found}
-    contents["by_dataset.md"] = "\n".join(parts).encode()
-    contents["by_dataset.json"] = (json.dumps(numbers, indent=1, allow_nan=False) + "\n").encode()
-    for name, content in contents.items():
-        _write(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _write(file: Path, content: bytes) -> None:
-    write_atomically(file, lambda f: f.write(content))
+    write_text(files[1], json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    return files
 
 
 def compare_records(paths: Sequence[str | Path]) -> list[Against]:
