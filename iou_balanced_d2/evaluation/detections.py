@@ -203,8 +203,10 @@ def make_detections(
     rank = _rank_in_group(group[order])
     kept = slice(None) if limit is None else rank < limit
     order, rank = order[kept], rank[kept]
-    columns = (boxes, areas, scores, group)
-    return Detections(*(c[order] for c in columns), rank, label[order], image[order])
+    boxes, areas, scores, group, label, image = (
+        column[order] for column in (boxes, areas, scores, group, label, image)
+    )
+    return Detections(boxes, areas, scores, group, rank, label, image)
 
 
 def _rank_in_group(group: Array) -> Array:

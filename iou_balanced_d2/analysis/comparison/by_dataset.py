@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from ...errors import UserError
 from ...files import write_atomically, write_text
+from ..page import plain
 from ..plots import make_folder
 from .compare import compare_sides
 from .forest_plot import forest_plot
@@ -80,13 +81,8 @@ class Against:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; null where undefined."""
-        return {
-            metric: {
-                "data_sets": [_named(e) for e in found],
-                "pooled": _named(self.pooled[metric]) if metric in self.pooled else None,
-            }
-            for metric, found in self.effects.items()
-        }
+        found = self.effects.items()
+        return {m: plain({"data_sets": e, "pooled": self.pooled.get(m)}) for m, e in found}
 
 
 def seeds_sentence(effects: Sequence[Effect]) -> str:
@@ -125,15 +121,6 @@ _POOLED_ROWS = {
         "–" if math.isnan(p.prediction[0]) else "[{:.1f}, {:.1f}]".format(*p.prediction)
     ),
 }
-
-
-def _named(values: Any) -> Any:
-    """Named tuples as objects, undefined and infinite numbers as null."""
-    if hasattr(values, "_asdict"):
-        return {key: _named(value) for key, value in values._asdict().items()}
-    if isinstance(values, tuple):
-        return [_named(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
