@@ -18,8 +18,7 @@ from benchmarking import in_own_process, peak_extra_bytes, report
 from pycocotools.coco import COCO
 
 from iou_balanced_d2.evaluation import available_implementations, coco_metrics, evaluate_boxes
-from iou_balanced_d2.evaluation.coco_eval import IMPLEMENTATIONS
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
+from iou_balanced_d2.evaluation.coco_eval import IMPLEMENTATIONS, prepare_ground_truth
 
 OBJECTS_PER_IMAGE = 7
 HEIGHT, WIDTH = 480, 640

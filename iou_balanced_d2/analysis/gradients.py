@@ -18,6 +18,7 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, pairwise_iou
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 
 from ..losses import iou_balanced_smooth_l1_loss
 from .plots import COLORS, new_figure
@@ -101,8 +102,7 @@ def area_keeping_w_loc(coordinate: str, *, lambda_: float, beta: float = _BETA) 
     plain, weighted = (
         gradient_by_formula(error, coordinate, lambda_=power, beta=beta) for power in (0, lambda_)
     )
-    areas = [(curve[:-1] + curve[1:]).sum() for curve in (plain, weighted)]  # by trapezoids
-    return float(areas[0] / areas[1])
+    return float(trapezoid(plain, error) / trapezoid(weighted, error))
 
 
 def gradient_curves(lambdas: Sequence[float] = LAMBDAS, *, num_points: int = 201) -> list[Curve]:

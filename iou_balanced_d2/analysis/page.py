@@ -1,12 +1,14 @@
 """One page of a report, as HTML that holds its own figures and as Markdown."""
 
 import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
+import numpy as np
 from tabulate import tabulate
 
 _STYLE = """
@@ -95,6 +97,19 @@ class Page:
     def markdown(self) -> str:
         """The page as Markdown; its figures are files beside it."""
         return "\n\n".join(self._markdown) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: named tuples as objects, arrays as lists, null for NaN."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _image(file: Path, description: str) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..errors import UserError
+
 # Okabe and Ito's colours, which colour-blind people can tell apart; with markers, as a second sign.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -32,3 +34,16 @@ def save_figure(figure: Figure, file: Path) -> Path:
     figure.savefig(file, dpi=130)
     figure.savefig(file.with_suffix(".svg"))
     return file
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder of a report, made if absent.
+
+    Raises:
+        UserError: if it can't be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror}") from error
+    return Path(folder)

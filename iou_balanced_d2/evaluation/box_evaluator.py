@@ -13,8 +13,13 @@ from detectron2.utils.file_io import PathManager
 
 from ..data.voc import check_difficult_policy
 from ..errors import UserError
-from .coco_eval import available_implementations, choose_implementation, evaluate_boxes
-from .ground_truth import prepare_ground_truth
+from .coco_eval import (
+    available_implementations,
+    choose_implementation,
+    evaluate_boxes,
+    prepare_ground_truth,
+)
+from .detections import make_detections, read_ground_truth
 from .metrics import class_table, coco_metrics, recall_table, threshold_table, voc_table
 from .voc import voc_average_precision, voc_metrics
 
@@ -67,6 +72,7 @@ class BoxEvaluator(COCOEvaluator):
             allow_cached_coco=False,  # the data set may have changed since
         )
         self._logger = logging.getLogger(__name__)
+        self._difficult = difficult
         if self._do_evaluation:
             prepare_ground_truth(self._coco_api, difficult)
             implementation = implementation or choose_implementation(self._coco_api)
@@ -105,8 +111,11 @@ class BoxEvaluator(COCOEvaluator):
         names = [self._coco_api.cats[i]["name"] for i in sorted(self._coco_api.cats)]
         self._results["bbox"] = self._coco_metrics(results, names, img_ids)
         if self._metadata.get("voc_style"):
-            ap = voc_average_precision(self._coco_api, results, img_ids=img_ids)
-            self._results["voc"] = voc_metrics(ap, names)
+            truth = read_ground_truth(self._metadata.json_file, self._difficult)
+            found = make_detections(results, truth, "detections", limit=None)
+            self._results["voc"] = voc_metrics(
+                voc_average_precision(truth, found, img_ids=img_ids), names
+            )
             self._logger.info("By VOC's rules:\n" + voc_table(self._results["voc"]))
 
     def _use_dataset_ids(self, results: list[dict[str, Any]]) -> None:

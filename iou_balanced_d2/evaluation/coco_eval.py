@@ -13,6 +13,9 @@ from typing import Any
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
+from ..data.coco_format import area_of
+from ..data.voc import check_difficult_policy
+
 # By preference, detectron2's own first: name -> where its class is. How long each takes is measured
 # by tools/benchmark_evaluation.py.
 IMPLEMENTATIONS = {
@@ -43,6 +46,38 @@ def choose_implementation(coco: COCO) -> str:
         # faster-coco-eval looks images up by number.
         names = [name for name in names if name != "faster-coco-eval"]
     return names[0]
+
+
+def prepare_ground_truth(coco: COCO, difficult: str) -> None:
+    """Make the annotations fit for evaluation, in memory.
+
+    Afterwards each annotation with "difficult" set is one to be ignored, whatever the file says.
+
+    Args:
+        coco: the ground truth; changed in place.
+        difficult: "ignore" (neither right nor wrong nor missed), "count" (as any object) or "drop"
+            (as if it was not annotated).
+
+    Raises:
+        UserError: if the policy is not known.
+    """
+    check_difficult_policy(difficult)
+    coco.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 read it
+    annotations = coco.dataset["annotations"]
+    if difficult == "drop":
+        annotations = [a for a in annotations if not a.get("difficult")]
+    for number, annotation in enumerate(annotations, start=1):
+        # COCOeval writes a detection's match down as the object's id, with 0 for none.
+        annotation["id"] = number
+        # Fields that detectron2 trains without, but COCOeval reads.
+        annotation.setdefault("iscrowd", 0)
+        annotation["area"] = area_of(annotation)
+        # A crowd is ignored already, by a rule of its own.
+        if difficult == "count" or annotation["iscrowd"]:
+            annotation.pop("difficult", None)
+    coco.dataset["annotations"] = annotations
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
 
 
 def evaluate_boxes(
@@ -77,7 +112,7 @@ def evaluate_boxes(
     name = implementation or choose_implementation(coco)
     evaluation_class = ignoring_difficult(available_implementations()[name])
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = evaluation_class(coco, load_results(coco, results), "bbox")
+        evaluation = evaluation_class(coco, _load_results(coco, results), "bbox")
         evaluation.params.maxDets = list(max_dets)
         if img_ids is not None:
             evaluation.params.imgIds = list(img_ids)
@@ -86,16 +121,8 @@ def evaluate_boxes(
     return {key: evaluation.eval[key] for key in ("precision", "recall")}
 
 
-def load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
-    """Wrap detections in COCO's format; pycocotools' loadRes fails when there are none.
-
-    Args:
-        coco: the ground truth.
-        results: the detections; fields are added to them.
-
-    Returns:
-        them in the form that COCOeval takes.
-    """
+def _load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
+    """Detections as COCOeval takes them; pycocotools' loadRes fails when there are none."""
     if results:
         return coco.loadRes(results)
     empty = COCO()

@@ -18,7 +18,6 @@ Array = NDArray[Any]
 Rows = list[dict[str, Any]]
 
 MAX_DETECTIONS = 100  # COCO's limit, of an image and class
-_NUMBERS = (int, float)
 _LARGEST = 1e100  # areas and sums of such numbers are finite
 _FIELDS = {"image_id", "category_id", "bbox", "score"}
 
@@ -169,7 +168,12 @@ def read_detections(
 
 
 def make_detections(
-    rows: Any, ground_truth: GroundTruth, source: str, *, probabilities: bool = False
+    rows: Any,
+    ground_truth: GroundTruth,
+    source: str,
+    *,
+    probabilities: bool = False,
+    limit: int | None = MAX_DETECTIONS,
 ) -> Detections:
     """Detections from the list that such a file holds; see :func:`read_detections`.
 
@@ -178,6 +182,7 @@ def make_detections(
         ground_truth: of the same data set.
         source: what messages call the list, e.g. its file.
         probabilities: whether scores must lie between 0 and 1.
+        limit: of an image and class, the best-scored ones; None for none.
 
     Raises:
         UserError: see :func:`read_detections`.
@@ -196,10 +201,12 @@ def make_detections(
     group = label * len(ground_truth.images) + image
     order = np.lexsort((-scores, group))  # stable
     rank = _rank_in_group(group[order])
-    kept = rank < MAX_DETECTIONS
+    kept = slice(None) if limit is None else rank < limit
     order, rank = order[kept], rank[kept]
-    columns = (boxes, areas, scores, group)
-    return Detections(*(c[order] for c in columns), rank, label[order], image[order])
+    boxes, areas, scores, group, label, image = (
+        column[order] for column in (boxes, areas, scores, group, label, image)
+    )
+    return Detections(boxes, areas, scores, group, rank, label, image)
 
 
 def _rank_in_group(group: Array) -> Array:
@@ -211,25 +218,18 @@ def _rank_in_group(group: Array) -> Array:
 
 def _rows_of(rows: Rows, key: str, known: dict[Any, int], where: str, section: str) -> Array:
     """The row each id stands for; ids of 3 and 3.0 are the same."""
-    found = []
     for i, row in enumerate(rows):
-        value = row[key]
-        if type(value) not in (int, float, str) or value not in known:
+        if type(row[key]) not in (int, float, str) or row[key] not in known:
+            shown = ", ".join(map(repr, list(known)[:3])) + (", ..." if len(known) > 3 else "")
             raise UserError(
-                f"{where}[{i}]: {key} {value!r} is not among the ground truth's {section} "
-                f"(which are {_examples(known)}): is it of this data set?"
+                f"{where}[{i}]: {key} {row[key]!r} is not among the ground truth's {section} "
+                f"(which are {shown or 'none'}): is it of this data set?"
             )
-        found.append(known[value])
-    return np.array(found, np.int64)
-
-
-def _examples(known: dict[Any, int]) -> str:
-    shown = ", ".join(repr(key) for key in list(known)[:3])
-    return shown + (", ..." if len(known) > 3 else "") if known else "none"
+    return np.array([known[row[key]] for row in rows], np.int64)
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in _NUMBERS and -_LARGEST <= value <= _LARGEST
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _boxes(rows: Rows, where: str) -> tuple[Array, Array]:

@@ -66,15 +66,7 @@ class BestIoU:
 
 
 def find_pairs(ground_truth: GroundTruth, detections: Detections) -> Pairs:
-    """All pairs of a detection and an object of one image and class that overlap.
-
-    Args:
-        ground_truth: the objects.
-        detections: the detections.
-
-    Returns:
-        the pairs.
-    """
+    """All pairs of a detection and an object of one image and class that overlap."""
     parts = []
     for detection, gt in _candidates(ground_truth.group, detections.group):
         iou = _iou(ground_truth, detections, detection, gt)
@@ -113,16 +105,7 @@ def _iou(ground_truth: GroundTruth, detections: Detections, detection: Array, gt
 
 
 def best_iou(ground_truth: GroundTruth, pairs: Pairs, num_detections: int) -> BestIoU:
-    """The object each detection overlaps most, whatever its score and the other detections.
-
-    Args:
-        ground_truth: the objects.
-        pairs: of :func:`find_pairs`.
-        num_detections: D.
-
-    Returns:
-        IoU and object of each detection.
-    """
+    """The object each of D detections overlaps most, whatever its score and the others."""
     iou, gt = np.zeros(num_detections), np.full(num_detections, -1)
     ignored_iou = np.zeros(num_detections)
     out = ground_truth.ignored[pairs.gt]

@@ -49,11 +49,9 @@ def percent(values: NDArray[Any]) -> float:
 
 def threshold_table(precision: NDArray[Any]) -> str:
     """AP over IoU thresholds, for all objects and for each range of area."""
-    rows = []
-    for i, name in enumerate(("all", *AREAS.values())):
-        part = precision[..., i, -1]
-        rows.append([name, percent(part), *(percent(x) for x in part)])
-    return _table(rows, ["AP of objects", ".50:.95", *_threshold_headers()])
+    parts = {name: precision[..., i, -1] for i, name in enumerate(("all", *AREAS.values()))}
+    rows = [[name, percent(p), *map(percent, p)] for name, p in parts.items()]
+    return _table(rows, ["AP of objects", ".50:.95", *(f".{t}" for t in IOU_PERCENT)])
 
 
 def class_table(
@@ -70,24 +68,19 @@ def class_table(
 
 def recall_table(metrics: Mapping[str, float]) -> str:
     """AR by limit of detections and by range of area."""
-    names = [name for name in metrics if name.startswith("AR") and "-" not in name]
-    return _table([[metrics[name] for name in names]], names)
+    found = {name: x for name, x in metrics.items() if name.startswith("AR") and "-" not in name}
+    return _table([["all classes", *found.values()]], ["", *found])
 
 
 def voc_table(metrics: Mapping[str, float]) -> str:
     """VOC's two kinds of AP over IoU thresholds."""
     rows = [
-        [f"VOC AP, {text}", metrics[f"AP_{kind}"], *(metrics[f"AP{t}_{kind}"] for t in IOU_PERCENT)]
+        [f"VOC AP, {text}", *(metrics[f"AP{t}_{kind}"] for t in ("", *IOU_PERCENT))]
         for kind, text in (("11pt", "11 points"), ("area", "area"))
     ]
-    return _table(rows, ["", ".50:.95", *_threshold_headers()])
-
-
-def _threshold_headers() -> list[str]:
-    return [f".{t}" for t in IOU_PERCENT]
+    return _table(rows, ["", ".50:.95", *(f".{t}" for t in IOU_PERCENT)])
 
 
 def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    """A table whose first column may hold names, even if a class is named "1"."""
-    names = [0] if isinstance(rows[0][0], str) else []
-    return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".2f", disable_numparse=names)
+    """A table whose first column holds names, even if a class is named "1"."""
+    return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".2f", disable_numparse=[0])

@@ -21,13 +21,14 @@ import yaml
 
 from ..analysis.comparison.compare import run_metrics
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import write_text
 from .results import measures
 from .runs import Run
 
 # What differs between machines, or between the runs of a variant.
 _NOT_OF_THE_SETTING = {
-    ("OUTPUT_DIR",), ("SEED",), ("MODEL", "WEIGHTS"), ("DATASETS", "COCO_JSON"),
+    ("OUTPUT_DIR",), ("SEED",), ("MODEL", "WEIGHTS"),
+    ("DATASETS", "COCO_JSON"), ("DATASETS", "VOC_FOLDER"), ("DATASETS", "YOLO_FOLDER"),
 }  # fmt: skip
 
 
@@ -83,8 +84,13 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def record_file(evidence: str | Path, name: str) -> Path:
+    """``<evidence>/<data set>-<variant>-seed<n>.json``, of the run "data set/variant/seed<n>"."""
+    return Path(evidence, name.replace("/", "-").replace(" ", "_") + ".json")
+
+
 def write_record(folder: str | Path, evidence: str | Path) -> Path:
-    """Write the record of a run to ``<evidence>/<dataset>-<variant>-seed<n>.json``.
+    """Write the record of a run to its :func:`record_file`; its detections are not needed then.
 
     Args:
         folder: see :func:`record_of`.
@@ -97,9 +103,7 @@ def write_record(folder: str | Path, evidence: str | Path) -> Path:
         UserError: as of :func:`record_of`, or if it can't be written.
     """
     record = record_of(folder)
-    name = f"{record['dataset']}-{record['variant']}-seed{record['seed']}.json"
-    file = Path(evidence, name.replace("/", "_").replace(" ", "_"))
+    file = record_file(evidence, f"{record['dataset']}/{record['variant']}/seed{record['seed']}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    write_atomically(file, lambda f: f.write(text.encode()))
+    write_text(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return file

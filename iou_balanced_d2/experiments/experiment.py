@@ -1,21 +1,27 @@
 """A protocol carried out: complete runs are skipped, those cut off go on, several run at once."""
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from .evidence import record_file, write_record
 from .held_out import hold_out
-from .protocol import MeanOf, Protocol, Settings, references
+from .protocol import Protocol, Settings, references
 from .runs import Run, num_cores
 
 _CORES_PER_RUN = 2
+_Started = Callable[[subprocess.Popen[bytes]], None]
+# detectron2's catalog of data sets is one for all threads.
+_ONE_RECORD_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class Experiment:
         output: folder of ``<data set>/<variant>/seed<n>``.
         train_script: train_net.py.
         at_once: how many runs at the same time.
+        records: folder for the record of each complete run; None writes none. A run with a record
+            needs no detections any more.
     """
 
     protocol: Protocol
     output: Path
     train_script: Path
     at_once: int
+    records: Path | None = None
 
     def carry_out(self) -> dict[str, dict[str, list[Run]]]:
         """Run what is not complete yet.
@@ -41,16 +50,18 @@ class Experiment:
             the runs by data set and variant.
 
         Raises:
-            UserError: if runs have failed, naming them, after all others are through.
+            UserError: if runs have failed, naming them, after all others are through; or if a
+                record can't be written.
         """
-        bases = {n: self._judged_by(n) | self._choose(n) for n in self.protocol.data_sets}
+        chosen = self._choose()
+        bases = {n: self._judged_by(n) | chosen.get(n, {}) for n in self.protocol.data_sets}
         runs: dict[str, dict[str, list[Run]]] = {
             name: {variant: [] for variant in self.protocol.variants} for name in bases
         }
         waiting: list[Run] = []
         # Seed by seed, so that the variants compare even if the experiment is cut off early.
         for seed, variant in self.protocol.order():
-            needed = {r.variant for r in references(self.protocol.variants[variant])}
+            needed = {r["variant"] for r in references(self.protocol.variants[variant])}
             if needed:
                 self._execute(waiting)
                 waiting = []
@@ -62,8 +73,17 @@ class Experiment:
                     runs[name][variant].append(run)
                     waiting.append(run)
         self._execute(waiting)
-        _check_complete([r for groups in runs.values() for group in groups.values() for r in group])
+        every_run = [r for groups in runs.values() for group in groups.values() for r in group]
+        _check_complete(every_run)
+        for run in every_run:
+            self._record(run)
         return runs
+
+    def _record(self, run: Run) -> None:
+        """Write the record of a complete run, unless there is one."""
+        if self.records and run.complete and not record_file(self.records, run.name).is_file():
+            with _ONE_RECORD_AT_A_TIME:
+                write_record(run.folder, self.records)
 
     def _judged_by(self, name: str) -> Settings:
         """The data set's settings, judged by a part held out where the protocol says so."""
@@ -76,9 +96,9 @@ class Experiment:
         self, name: str, variant: str, seed: int, base: Settings, others: dict[str, Run]
     ) -> Run:
         def resolve(value: Any) -> Any:
-            if not isinstance(value, MeanOf):
+            if not isinstance(value, dict):
                 return value
-            return round(others[value.variant].mean(value.scalar), 4)
+            return round(others[value["variant"]].mean(value["mean_of"]), 4)
 
         own = {key: resolve(value) for key, value in self.protocol.variants[variant].items()}
         return Run(
@@ -91,40 +111,31 @@ class Experiment:
     def _folder(self, *names: str) -> Path:
         return self.output.joinpath(*(name.replace("/", "_").replace(" ", "_") for name in names))
 
-    def _choose(self, name: str) -> Settings:
+    def _choose(self) -> dict[str, Settings]:
         """The best of the options on the part held out, by the mean AP over the seeds."""
         choice = self.protocol.choose
         if choice is None:
             return {}
-        base = hold_out(
-            self.protocol.config,
-            self.protocol.data_sets[name],
-            choice.held_out,
-            self._folder(name, "data"),
+        options = {_label(option): option for option in choice.options}
+        base = self.protocol.variants[choice.variant]
+        trials = replace(
+            self.protocol,
+            variants={label: base | option for label, option in options.items()},
+            seeds=choice.seeds,
+            held_out=choice.held_out,
+            choose=None,
+            fewer_seeds={},
         )
-        variant = self.protocol.variants[choice.variant]
-        folder = self._folder(name, "choose")
-        options = [
-            [
-                Run(
-                    name=f"{name}/choose/{_label(option)}/seed{seed}",
-                    folder=folder / _label(option) / f"seed{seed}",
-                    config=self.protocol.config,
-                    settings=base | variant | option | {"SEED": seed},
-                )
-                for seed in choice.seeds
-            ]
-            for option in choice.options
-        ]
-        trials = [run for runs in options for run in runs]
-        self._execute(trials)
-        _check_complete(trials)
-        means = [sum(run.final_ap for run in runs) / len(runs) for runs in options]
-        for option, mean in zip(choice.options, means, strict=True):
-            print(f"{name}: {_label(option)}: AP {mean:.2f} on the part held out")
-        best = choice.options[means.index(max(means))]
-        print(f"{name}: chosen: {_label(best)}")
-        return best
+        experiment = replace(self, protocol=trials, output=self.output / "choose", records=None)
+        chosen = {}
+        for name, by_option in experiment.carry_out().items():
+            means = {k: sum(r.final_ap for r in runs) / len(runs) for k, runs in by_option.items()}
+            best = max(means, key=means.__getitem__)
+            for label, mean in means.items():
+                print(f"{name}: {label}: AP {mean:.2f} on the part held out")
+            print(f"{name}: chosen: {best}")
+            chosen[name] = options[best]
+        return chosen
 
     def _execute(self, runs: Sequence[Run]) -> None:
         """Run those that are not complete, ``at_once`` of them at a time."""
@@ -137,8 +148,7 @@ class Experiment:
         processes: list[subprocess.Popen[bytes]] = []
         with ThreadPoolExecutor(self.at_once) as pool:
             results = [
-                pool.submit(_execute, run, self.train_script, environment, processes.append)
-                for run in waiting
+                pool.submit(self._train, run, environment, processes.append) for run in waiting
             ]
             try:
                 for result in results:
@@ -150,19 +160,22 @@ class Experiment:
                         process.terminate()
                 raise
 
+    def _train(self, run: Run, environment: Mapping[str, str], started: _Started) -> None:
+        if self.records:  # of another run in this folder
+            record_file(self.records, run.name).unlink(missing_ok=True)
+        exit_code = run.execute(self.train_script, environment, started)
+        minutes, state = run.record["seconds"] / 60, "FAILED" if exit_code else "done"
+        print(f"{run.name}: {state} ({minutes:.1f} min)", flush=True)
+        # A record that can't be written must not end the other trainings; carry_out tries again.
+        with contextlib.suppress(UserError):
+            self._record(run)
+
 
 def _check_complete(runs: Sequence[Run]) -> None:
     failed = [run for run in runs if not run.complete]
     if failed:
         where = ", ".join(str(run.folder / "console.txt") for run in failed)
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
-
-
-def _execute(run: Run, *how: Any) -> int:
-    exit_code = run.execute(*how)
-    minutes = run.record["seconds"] / 60
-    print(f"{run.name}: {'done' if exit_code == 0 else 'FAILED'} ({minutes:.1f} min)", flush=True)
-    return exit_code
 
 
 def _label(option: Settings) -> str:

@@ -22,7 +22,7 @@ def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Se
         config: detectron2 config file.
         settings: the data set's keys.
         share: of the images to hold out, above 0.
-        folder: the two COCO JSON files of each training set are written here, once.
+        folder: the two COCO JSON files of each training set are written here.
 
     Returns:
         the settings that train on the rest and test on the part held out.
@@ -30,8 +30,11 @@ def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Se
     Raises:
         UserError: if a data set is missing, or a part would be without images.
     """
-    cfg = load_config(str(config), [x for pair in _as_options(settings).items() for x in pair])
+    # Values as they would be written on a command line.
+    pairs = [(key, v if isinstance(v, str) else repr(v)) for key, v in settings.items()]
+    cfg = load_config(str(config), [x for pair in pairs for x in pair])
     register_datasets_of(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
     entries = [list(entry) for entry in cfg.DATASETS.COCO_JSON]
     parts: dict[str, list[str]] = {"rest": [], "held_out": []}
     for name in cfg.DATASETS.TRAIN:
@@ -43,20 +46,13 @@ def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Se
         content = read_coco_json(json_file)
         for part, subset in _split(content, share, name).items():
             path = folder / f"{name}-{part}.json"
-            _write_once(path, subset)
+            write_text(path, json.dumps(subset))
             entries.append([f"{name}-{part}", str(path), metadata.image_root])
             parts[part].append(f"{name}-{part}")
     return settings | {
         "DATASETS.COCO_JSON": entries,
         "DATASETS.TRAIN": parts["rest"],
         "DATASETS.TEST": parts["held_out"],
-    }
-
-
-def _as_options(settings: Settings) -> dict[str, str]:
-    """Values as they would be written on a command line."""
-    return {
-        key: value if isinstance(value, str) else repr(value) for key, value in settings.items()
     }
 
 
@@ -76,11 +72,3 @@ def _subset(content: dict[str, Any], ids: set[Any]) -> dict[str, Any]:
         "images": [image for image in content["images"] if image["id"] in ids],
         "annotations": [a for a in content["annotations"] if a["image_id"] in ids],
     }
-
-
-def _write_once(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content)
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)

@@ -17,22 +17,22 @@ from ..files import write_text
 from .protocol import Protocol
 from .runs import Run
 
-# Scalars of a run's log: name -> how a run is summed up in one number.
-_SCALARS = {
-    "iou_balanced/w_loc": "last",
-    "iou_balanced/loc_mean_weight": "mean",
-    "iou_balanced/mean_pos_iou": "last",
-    "time": "median",
+# Scalars of a run's log, each summed up in one number.
+_SCALARS: dict[str, Callable[[list[float]], Any]] = {
+    "iou_balanced/w_loc": lambda values: values[-1],
+    "iou_balanced/loc_mean_weight": np.mean,
+    "iou_balanced/mean_pos_iou": lambda values: values[-1],
+    "time": np.median,
 }
-_HEADERS = (
-    "variant",
-    "w_loc",
-    "mean weight of the box loss",
-    "IoU of positives at the end",
-    "score-IoU correlation (Pearson)",
-    "s/iteration",
-    "peak memory of the process (MiB)",
-)
+# The table's columns: header -> what was measured, and its format.
+_COLUMNS = {
+    "w_loc": ("iou_balanced/w_loc", ".2f"),
+    "mean weight of the box loss": ("iou_balanced/loc_mean_weight", ".2f"),
+    "IoU of positives at the end": ("iou_balanced/mean_pos_iou", ".2f"),
+    "score-IoU correlation (Pearson)": ("score_iou_correlation", ".2f"),
+    "s/iteration": ("time", ".3f"),
+    "peak memory of the process (MiB)": ("peak_memory_mib", ".0f"),
+}
 
 
 def write_results(
@@ -59,18 +59,14 @@ def write_results(
     comparison = compare_sides({name: [r.folder for r in group] for name, group in runs.items()})
     write_comparison(comparison, folder)
     compared = (folder / "comparison.md").read_text(encoding="utf-8")
+    compared = "#" + compared.replace("\n#", "\n##").strip()  # below this report's own title
     measured = {name: [measures(run) for run in group] for name, group in runs.items()}
-    text = "\n\n".join(
-        [
-            f"# {protocol.name}: {data_set}",
-            f"## Protocol\n\n{protocol.description}",
-            f"Seeds: {', '.join(map(str, protocol.seeds))}.",
-            # One level below this report's own title.
-            "#" + compared.replace("\n#", "\n##").strip(),
-            f"## What the runs measured (means over seeds)\n\n{_table(measured)}",
-        ]
+    text = (
+        f"# {protocol.name}: {data_set}\n\n## Protocol\n\n{protocol.description}\n\n"
+        f"Seeds: {', '.join(map(str, protocol.seeds))}.\n\n{compared}\n\n"
+        f"## What the runs measured (means over seeds)\n\n{_table(measured)}\n"
     )
-    write_text(folder / "results.md", text + "\n")
+    write_text(folder / "results.md", text)
     content = {
         "protocol": protocol.name,
         "description": protocol.description,
@@ -94,15 +90,10 @@ def measures(run: Run) -> dict[str, float | None]:
         by scalar name; "score_iou_correlation", Pearson's, of the detections that match an object
         at IoU .5, the mean over test sets; "peak_memory_mib".
     """
-    how: dict[str, Callable[[list[float]], Any]] = {
-        "last": lambda values: values[-1],
-        "mean": np.mean,
-        "median": np.median,
-    }
     found: dict[str, float | None] = {}
     for name, summary in _SCALARS.items():
         values = run.scalars(name)
-        found[name] = float(how[summary](values)) if values else None
+        found[name] = float(summary(values)) if values else None
     found["score_iou_correlation"] = _correlation(run)
     found["peak_memory_mib"] = run.record.get("peak_memory_mib")
     return found
@@ -120,13 +111,11 @@ def _correlation(run: Run) -> float | None:
 
 
 def _table(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    names = [*list(_SCALARS)[:3], "score_iou_correlation", "time", "peak_memory_mib"]
-    formats = [".2f", ".2f", ".2f", ".2f", ".3f", ".0f"]
     rows = []
     for variant, runs in measured.items():
         cells = [variant]
-        for name, form in zip(names, formats, strict=True):
+        for name, form in _COLUMNS.values():
             values = [run[name] for run in runs if run[name] is not None]
             cells.append(format(np.mean(values), form) if values else "-")
         rows.append(cells)
-    return tabulate(rows, _HEADERS, tablefmt="pipe", disable_numparse=True)
+    return tabulate(rows, ["variant", *_COLUMNS], tablefmt="pipe", disable_numparse=True)

@@ -83,18 +83,13 @@ class Run:
             node[last] = value
         return yaml.safe_dump(content, sort_keys=True)
 
-    def command(self, train_script: Path) -> list[str]:
-        """The command of the run; it goes on from the last checkpoint where there is one."""
-        command = [sys.executable, str(train_script), "--config-file", str(self.config_file)]
-        return [*command, "--resume"] if (self.folder / "last_checkpoint").is_file() else command
-
     def execute(
         self,
         train_script: Path,
         environment: Mapping[str, str],
         started: Callable[[subprocess.Popen[bytes]], None],
     ) -> int:
-        """Train and evaluate.
+        """Train and evaluate, from the last checkpoint where there is one.
 
         Args:
             train_script: train_net.py.
@@ -104,14 +99,13 @@ class Run:
         Returns:
             the exit code.
         """
-        command, before, start = self.command(train_script), self.record, time.monotonic()
+        command = [sys.executable, str(train_script), "--config-file", str(self.config_file)]
+        if (self.folder / "last_checkpoint").is_file():
+            command.append("--resume")
+        before, start = self.record, time.monotonic()
         with open(self.folder / "console.txt", "a") as console:
             process = subprocess.Popen(
-                command,
-                cwd=train_script.parent,
-                env={**os.environ, **environment},
-                stdout=console,
-                stderr=subprocess.STDOUT,
+                command, env={**os.environ, **environment}, stdout=console, stderr=console
             )
             started(process)
             _, status, usage = os.wait4(process.pid, 0)
@@ -126,8 +120,7 @@ class Run:
             # What the run costs, also where other processes take the processor for a while.
             "cpu_seconds": before.get("cpu_seconds", 0.0) + usage.ru_utime + usage.ru_stime,
             "peak_memory_mib": max(before.get("peak_memory_mib", 0), usage.ru_maxrss / 1024),
-            "versions": versions(),
-            "hardware": hardware(),
+            **_environment(),
         }
         write_text(self.folder / "run.json", json.dumps(record, indent=1))
         return process.returncode
@@ -161,22 +154,20 @@ class Run:
         return float(np.mean(last))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+def _environment() -> dict[str, Any]:
+    """Versions of what the numbers depend on, and the device that a run uses by default."""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """The device a run uses by default, and the cores."""
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": platform.processor() or platform.machine(),
-        "cores": num_cores(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "detectron2": detectron2.__version__,
+            "numpy": np.__version__,
+        },
+        "hardware": {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "processor": platform.processor() or platform.machine(),
+            "cores": num_cores(),
+        },
     }
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
+from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
 
 from ..evaluation.synthetic import coco_of, detections_of
 

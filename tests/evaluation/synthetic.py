@@ -9,8 +9,8 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
+from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
 from iou_balanced_d2.evaluation.detections import make_detections, read_ground_truth
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
 from iou_balanced_d2.evaluation.matching import IGNORED, RIGHT, WRONG
 
 
@@ -72,14 +72,16 @@ def random_case(seed, *, difficult="ignore", share_difficult=0.0, share_crowd=0.
     return coco, detections_of(rows)
 
 
-def arrays_of(coco, rows, difficult="ignore"):
+def arrays_of(coco, rows, difficult="ignore", **kwargs):
     """(GroundTruth, Detections) of a COCO, or of what its file holds, and COCO results."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gt.json")
         file.write_text(json.dumps(getattr(coco, "dataset", coco)))
         ground_truth = read_ground_truth(str(file), difficult)
     # As from a file: without NumPy's numbers.
-    return ground_truth, make_detections(json.loads(json.dumps(rows)), ground_truth, "here")
+    return ground_truth, make_detections(
+        json.loads(json.dumps(rows)), ground_truth, "here", **kwargs
+    )
 
 
 def one_by_one(ground_truth, detections, threshold):

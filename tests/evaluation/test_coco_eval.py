@@ -9,8 +9,11 @@ from pycocotools.cocoeval import COCOeval
 
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.evaluation import available_implementations, coco_metrics, evaluate_boxes
-from iou_balanced_d2.evaluation.coco_eval import IMPLEMENTATIONS, choose_implementation
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
+from iou_balanced_d2.evaluation.coco_eval import (
+    IMPLEMENTATIONS,
+    choose_implementation,
+    prepare_ground_truth,
+)
 
 from .synthetic import coco_of, detections_of, random_case
 

@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from iou_balanced_d2.analysis.comparison.bootstrap import metric_names, metrics_of, resampled_ap
-from iou_balanced_d2.analysis.comparison.matches import outcomes_of, pool
+from iou_balanced_d2.analysis.comparison.matches import matches_of
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
-from iou_balanced_d2.evaluation.ground_truth import prepare_ground_truth
+from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
 from iou_balanced_d2.evaluation.matching import (
     AREA_RANGES,
     IGNORED,
@@ -118,8 +118,7 @@ def test_difficult_objects_are_treated_as_the_evaluator_does(objects, detections
     """By the comparison's way to AP."""
     rows = [{**place, "bbox": list(box), "score": s} for place, box, s in detections]
     dataset = dataset_of(objects)
-    matches = [[pool([area], [0]) for area in areas]
-               for areas in outcomes_of(*arrays_of(dataset, rows, policy))]  # fmt: skip
+    matches = matches_of([arrays_of(dataset, rows, policy)])
     found = metrics_of(resampled_ap(matches, np.ones((1, len(IMAGES)), np.int32)))[0]
     coco = COCO()
     coco.dataset = dataset

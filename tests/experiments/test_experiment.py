@@ -1,22 +1,34 @@
 """Carrying out a protocol, with a training script that takes no time."""
 
+import importlib
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
-from iou_balanced_d2.experiments.protocol import Choice, MeanOf, Protocol
+from iou_balanced_d2.experiments.protocol import Choice, Protocol
+
+from ..analysis.drawn import draw_truth
 
 FAKE = Path(__file__).parent / "fake_train_net.py"
+ROOT = Path(__file__).parents[2]
+ETA = "MODEL.IOU_BALANCED.CLS_ETA"
 WEIGHT = "MODEL.IOU_BALANCED.LOC_WEIGHT"
+
+
+def mean_of(variant):
+    return {"mean_of": "iou_balanced/loc_mean_weight", "variant": variant}
 
 
 @pytest.fixture
@@ -49,16 +61,13 @@ def experiment(tmp_path, coco):
             "description": "",
             "config": tmp_path / "detector.yaml",
             "data_sets": {"set": coco},
-            "variants": {"loc": {}, "control": {WEIGHT: MeanOf(SCALAR, "loc")}, "x y/z": {}},
+            "variants": {"loc": {}, "control": {WEIGHT: mean_of("loc")}, "x y/z": {}},
             "seeds": [1, 2],
             "memory_gib": 1.0,
         }
         return Experiment(Protocol(**(protocol | changes)), tmp_path / "runs", FAKE, at_once=2)
 
     return make
-
-
-SCALAR = "iou_balanced/loc_mean_weight"
 
 
 def calls(folder):
@@ -105,7 +114,7 @@ def test_a_run_that_broke_is_named_and_goes_on(experiment, tmp_path):
 def test_what_needs_a_broken_run_is_left_out_and_the_rest_is_run(experiment, tmp_path):
     variants = {
         "bad": {WEIGHT: 666.0},
-        "control": {WEIGHT: MeanOf(SCALAR, "bad")},
+        "control": {WEIGHT: mean_of("bad")},
         "good": {},
     }
     with pytest.raises(UserError, match="2 of 4 runs failed"):
@@ -126,7 +135,7 @@ def test_the_best_option_is_chosen_without_the_test_data(experiment, tmp_path, c
     runs = experiment(choose=choose).carry_out()
     assert "set: chosen: BASE_LR=0.02" in capsys.readouterr().out
     assert all(run.settings["SOLVER.BASE_LR"] == 0.02 for run in runs["set"]["control"])
-    trial = yaml.safe_load((tmp_path / "runs/set/choose/BASE_LR=0.01/seed7/run.yaml").read_text())
+    trial = yaml.safe_load((tmp_path / "runs/choose/set/BASE_LR=0.01/seed7/run.yaml").read_text())
     (held_out,) = trial["DATASETS"]["TEST"]
     assert held_out.endswith("-held_out")
     final = yaml.safe_load((tmp_path / "runs/set/loc/seed1/run.yaml").read_text())
@@ -153,6 +162,96 @@ def test_too_few_images_to_hold_out(tmp_path, coco):
         hold_out(tmp_path / "detector.yaml", coco, 0.01, tmp_path / "parts")
 
 
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch):
+    """tools/reproduce.py with the fake training; the exit code."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("reproduce")
+    monkeypatch.setattr(tool, "TRAIN_SCRIPT", FAKE)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["reproduce.py", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            return tool.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    return call
+
+
+def write_shapes(tmp_path, *names):
+    """Test sets; the config keys of each."""
+    rng = np.random.default_rng(0)
+    data_sets = {}
+    for name in names:
+        file, unique = tmp_path / f"{name}.json", f"{name}_{tmp_path.name}"
+        file.write_text(json.dumps(draw_truth(rng, 20).dataset))
+        data_sets[name] = {
+            "DATASETS.COCO_JSON": [[unique, str(file), str(tmp_path)]],
+            "DATASETS.TEST": [unique],
+        }
+    return data_sets
+
+
+def test_records_are_written_and_compared_without_detections(reproduce, tmp_path, capsys):
+    protocol = {
+        "description": "d", "config": "detector.yaml", "seeds": [1, 2], "memory_gib": 1,
+        "data_sets": write_shapes(tmp_path, "a b", "c"),
+        "variants": {"and": {ETA: 1.5}, "baseline": {ETA: 0.0}},
+    }  # fmt: skip
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
+    command = ["toy.yaml", "--records", "evidence", "--at-once", "2"]
+    assert reproduce(*command) == 0
+    assert "and against baseline on 2 data sets: better" in capsys.readouterr().out
+    records = sorted((tmp_path / "evidence").iterdir())
+    assert [r.name for r in records[:2]] == ["a_b-and-seed1.json", "a_b-and-seed2.json"]
+    assert len(records) == 8
+    assert json.loads(records[0].read_text())["dataset"] == "a b"
+    assert (tmp_path / "output/toy/forest_and.png").is_file()
+
+    for folder in (tmp_path / "output/toy").glob("*/*/*/inference"):
+        shutil.rmtree(folder)
+    first = records[0].read_text()
+    assert reproduce(*command) == 0, "needs no detections"
+    assert records[0].read_text() == first
+    records[0].unlink()
+    assert reproduce(*command) == 2
+    assert "evaluate the run first" in capsys.readouterr().err
+
+
+def test_does_it_help_on_my_data(reproduce, tmp_path, capsys):
+    (settings,) = write_shapes(tmp_path, "mine").values()
+    config = {
+        "MODEL": {"META_ARCHITECTURE": "RetinaNet", "IOU_BALANCED": {"CLS_ETA": 2.0}},
+        "DATASETS": {"COCO_JSON": settings["DATASETS.COCO_JSON"]},
+    }
+    config["DATASETS"]["TEST"] = settings["DATASETS.TEST"]
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config | {"VERSION": 2}))
+    assert reproduce("--config-file", "my.yaml", "--seeds", "2") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"both beats baseline: AP \+", printed)
+    assert re.search(r"both: (\+1.0 AP on this data set takes|More seeds alone)", printed)
+    (data_set,) = settings["DATASETS.TEST"]
+    runs = {
+        str(file.parent.relative_to(tmp_path / "output/my" / data_set)): yaml.safe_load(
+            file.read_text()
+        )
+        for file in (tmp_path / "output/my").rglob("run.yaml")
+    }
+    assert sorted(runs) == ["baseline/seed1", "baseline/seed2", "both/seed1", "both/seed2"]
+    both, baseline = runs["both/seed2"]["MODEL"], runs["baseline/seed1"]["MODEL"]
+    assert both["META_ARCHITECTURE"] == baseline["META_ARCHITECTURE"] == "IoUBalancedRetinaNet"
+    assert both["IOU_BALANCED"] == {"CLS_ETA": 2.0, "LOC_LAMBDA": 1.5}
+    assert baseline["IOU_BALANCED"] == {"CLS_ETA": 0.0, "LOC_LAMBDA": 0.0}
+
+    (tmp_path / "my.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\nVERSION: 2\n")
+    assert reproduce("--config-file", "my.yaml") == 2
+    assert "GeneralizedRCNN has no IoU-balanced losses" in capsys.readouterr().err
+
+
 def test_an_end_from_outside_ends_the_runs(tmp_path):
     """``kill`` on tools/reproduce.py leaves no training behind."""
     script = tmp_path / "train_net.py"
@@ -172,10 +271,9 @@ def test_an_end_from_outside_ends_the_runs(tmp_path):
         f"reproduce.TRAIN_SCRIPT = pathlib.Path({str(script)!r})\n"
         "sys.exit(reproduce.main())"
     )
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, "toy.yaml", "--output", "out", "--at-once", "1"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env={"PYTHONPATH": f"{root}:{root / 'tools'}", "PATH": ""}
+        command, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": ""}
     )
     pid_file = tmp_path / "out/s/v/seed1/pid"
     wait_for(lambda: pid_file.exists() and pid_file.read_text(), seconds=120)

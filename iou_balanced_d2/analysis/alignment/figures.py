@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from numpy.typing import NDArray
 
 from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
 from ..plots import COLORS, new_figure, save_figure, style
 from .measures import IOU_BINS
 
+Array = NDArray[Any]
 _EDGES = np.linspace(0, 1, IOU_BINS + 1)
 _CENTERS = (_EDGES[:-1] + _EDGES[1:]) / 2
+
+_FEW = 10  # detections of a bin: its mean says little
+_PALE = f"pale: under {_FEW} detections"
 
 Results = Mapping[str, dict[str, Any]]
 
@@ -23,6 +28,12 @@ def _single(file: Path, width: float = 7.0, height: float = 4.2) -> Iterator[Any
     figure, axes = new_figure(width, height)
     yield axes[0, 0]
     save_figure(figure, file)
+
+
+def _plot_bins(ax: Any, x: Array, y: Array, count: Array, i: int, label: str) -> None:
+    """The curve of the i-th detector over bins; those of few detections are pale."""
+    ax.plot(x, y, alpha=0.25, clip_on=False, **style(i))
+    ax.plot(x, np.where(count < _FEW, np.nan, y), label=label, clip_on=False, **style(i))
 
 
 def draw_ap(results: Results, file: Path) -> Path:
@@ -45,8 +56,10 @@ def draw_score_by_iou(results: Results, file: Path) -> Path:
     """The paper's Fig. 2: mean score per bin of IoU."""
     with _single(file) as ax:
         for i, (name, result) in enumerate(results.items()):
-            ax.plot(_CENTERS, result["iou_bins"]["mean_score"], label=name, **style(i))
-        ax.set(xlabel="IoU of the box (bins of .05)", ylabel="mean score", xlim=(0, 1), ylim=(0, 1))
+            bins = result["iou_bins"]
+            _plot_bins(ax, _CENTERS, bins["mean_score"], bins["count"], i, name)
+        ax.set(xlabel=f"IoU of the box (bins of .05; {_PALE})", ylabel="mean score")
+        ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.legend(frameon=False)
     return file
 
@@ -91,10 +104,8 @@ def draw_calibration(results: Results, file: Path) -> Path:
         for i, (name, result) in enumerate(results.items()):
             curve = result["calibration"][threshold]
             label = f"{name} (ECE {curve['ece']:.3f})"
-            ax.plot(
-                curve["mean_score"], curve["share_right"], label=label, clip_on=False, **style(i)
-            )
-        ax.set(xlabel="score", title=f"right = IoU of {threshold} or more")
+            _plot_bins(ax, curve["mean_score"], curve["share_right"], curve["count"], i, label)
+        ax.set(xlabel=f"score ({_PALE})", title=f"right = IoU of {threshold} or more")
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.legend(frameon=False, fontsize=8, loc="upper left")
     axes[0, 0].set_ylabel("share of right detections")

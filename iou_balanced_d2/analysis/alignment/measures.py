@@ -3,10 +3,12 @@
 Letters: T IoU thresholds, B bins, K classes, D detections.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from ...evaluation.detections import Detections, GroundTruth
 from ...evaluation.matching import (
@@ -24,8 +26,10 @@ Array = NDArray[Any]
 
 IOU_BINS = 20
 SCORE_BINS = 10
-# Below the first IoU a box is not about the object at all, from the second on it is well placed.
-MIN_IOU, WELL_PLACED = 0.1, 0.5
+# Below the first IoU a box is not about the object at all. From the second on it competes with the
+# object's other boxes: a box of less is mostly on a neighbour that was not annotated or has another
+# class. From the third on it is well placed.
+MIN_IOU, COMPETES, WELL_PLACED = 0.1, 0.3, 0.5
 
 
 def bins_of(values: Array, num_bins: int) -> Array:
@@ -89,24 +93,10 @@ def correlations(x: Array, y: Array) -> dict[str, float]:
     Returns:
         by name, with "count" D; NaN where one of the arrays is constant.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return {
-        "count": len(x),
-        "pearson": _pearson(x, y),
-        "spearman": _pearson(_ranks(x), _ranks(y)),
-    }
-
-
-def _pearson(x: Array, y: Array) -> float:
-    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1].clip(-1, 1))
-
-
-def _ranks(x: Array) -> Array:
-    """Rank of each value; equal values get the mean of theirs."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {"count": len(x), "pearson": math.nan, "spearman": math.nan}
+    pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+    return {"count": len(x), "pearson": float(pearson), "spearman": float(spearman)}
 
 
 def class_aps(
@@ -168,7 +158,7 @@ def ap_summary(aps: Array) -> dict[str, float]:
 def outranked_objects(detections: Detections, best: BestIoU) -> dict[str, Array]:
     """Objects with a well-placed box (IoU .5 or more), and the box that the score prefers.
 
-    A detection is one of an object if that is the object it overlaps most, at IoU .1 or more.
+    A detection is one of an object if that is the object it overlaps most, at IoU .3 or more.
 
     Args:
         detections: the detections.
@@ -178,7 +168,7 @@ def outranked_objects(detections: Detections, best: BestIoU) -> dict[str, Array]
         one entry an object: "gt" its row; "top" the row of its best-scored detection, "placed"
         that of its best-placed one (the same where the score is right); int64 each.
     """
-    about = np.flatnonzero((best.iou >= MIN_IOU) & ~best.ignored)
+    about = np.flatnonzero((best.iou >= COMPETES) & ~best.ignored)
     gt, iou, score = best.gt[about], best.iou[about], detections.scores[about]
     by_score = about[np.lexsort((-iou, -score, gt))]
     by_iou = about[np.lexsort((-score, -iou, gt))]

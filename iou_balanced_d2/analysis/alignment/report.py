@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...data import prepare_dataset
@@ -15,7 +14,7 @@ from ...data.inspection import missing_images
 from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
 from ...files import write_text
-from ..page import Page
+from ..page import Page, plain
 from .analysis import Alignment, analyze
 from .figures import (
     draw_ap,
@@ -85,7 +84,7 @@ def write_alignment_report(
     try:
         (output / "pictures" if image_root else output).mkdir(parents=True, exist_ok=True)
         results = {name: a.results for name, a in analyses.items()}
-        content = _plain({name: {"file": detections[name], **r} for name, r in results.items()})
+        content = plain({name: {"file": detections[name], **r} for name, r in results.items()})
         write_text(output / "alignment.json", json.dumps(content, indent=1) + "\n")
         page = _page(results, output, Path(ground_truth).name)
         if image_root is None:
@@ -119,17 +118,6 @@ def dataset_files(data_set: str) -> dict[str, Any]:
     root = metadata.get("image_root")
     found = root if root and os.path.isdir(root) else None
     return {"ground_truth": metadata.json_file, "image_root": found}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's arrays as lists, NaN as None: what JSON knows."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) -> Page:
@@ -177,8 +165,8 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
     page.heading("Score and IoU")
     page.text(
         "Correlation of the score with the IoU, over the right detections at IoU .5; and the "
-        "objects with a well-placed box (IoU .5 or more) that a worse-placed one outranks, with "
-        "the IoU that this costs."
+        "objects with a well-placed box (IoU .5 or more) that a worse-placed one (.3 or more) "
+        "outranks, with the IoU that this costs."
     )
     rows = []
     for name, result in results.items():

@@ -1,10 +1,10 @@
 """Variants compared on several data sets: each set's differences, and the effect over all."""
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from tabulate import tabulate
 
 from ...errors import UserError
-from ...files import write_atomically
+from ...files import write_atomically, write_text
+from ..page import plain
+from ..plots import make_folder
 from .compare import compare_sides
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
@@ -55,17 +57,12 @@ class Against:
         found = "no difference could be shown"
         if random.p < LEVEL:
             found = "better" if random.value > 0 else "worse"
-        seeds = seeds_needed(_GAIN, effects) if max(e.num_runs for e in effects) > 1 else None
-        needed = (
-            f"+{_GAIN} AP on these data sets takes {seeds} seeds of each variant"
-            if seeds
-            else f"more seeds alone don't make +{_GAIN} AP detectable on these data sets"
-        )
         return (
             f"{self.name} against {self.first} on {len(effects)} data sets: {found}: AP "
             f"{_cell(random)}, p {format_p(random.p)} (random effects; on these sets alone, fixed "
             f"effect: {_cell(fixed)}). Less than {random.detectable:.1f} AP could not have been "
-            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power); {needed}."
+            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power). "
+            f"{seeds_sentence(effects)}"
         )
 
     def table(self) -> str:
@@ -84,13 +81,19 @@ class Against:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; null where undefined."""
-        return {
-            metric: {
-                "data_sets": [_named(e) for e in found],
-                "pooled": _named(self.pooled[metric]) if metric in self.pooled else None,
-            }
-            for metric, found in self.effects.items()
-        }
+        found = self.effects.items()
+        return {m: plain({"data_sets": e, "pooled": self.pooled.get(m)}) for m, e in found}
+
+
+def seeds_sentence(effects: Sequence[Effect]) -> str:
+    """How many seeds it takes to find a gain of 1 AP on these data sets."""
+    where = "these data sets" if len(effects) > 1 else "this data set"
+    if max(e.num_runs for e in effects) == 1:
+        return "How many seeds a gain takes can't be told from one run of each variant."
+    seeds = seeds_needed(_GAIN, effects)
+    if seeds:
+        return f"+{_GAIN} AP on {where} takes {seeds} seeds of each variant."
+    return f"More seeds alone don't make +{_GAIN} AP detectable on {where}."
 
 
 def tells(effect: Effect) -> bool:
@@ -120,15 +123,6 @@ _POOLED_ROWS = {
 }
 
 
-def _named(values: Any) -> Any:
-    """Named tuples as objects, undefined and infinite numbers as null."""
-    if hasattr(values, "_asdict"):
-        return {key: _named(value) for key, value in values._asdict().items()}
-    if isinstance(values, tuple):
-        return [_named(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
 def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     """Write ``by_dataset.md``, ``by_dataset.json`` and a forest plot of each variant.
 
@@ -142,31 +136,21 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     Raises:
         UserError: if they can't be written.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from error
-    contents, parts = {}, []
+    folder = make_folder(folder)
+    files, parts = [folder / "by_dataset.md", folder / "by_dataset.json"], []
     for against in found:
         title = f"{against.name} against {against.first}"
-        picture = f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
-        buffer = io.BytesIO()
-        forest_plot(title, against.effects, against.pooled).savefig(buffer, format="png")
-        contents[picture] = buffer.getvalue()
+        file = folder / f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
+        figure = forest_plot(title, against.effects, against.pooled)
+        write_atomically(file, partial(figure.savefig, format="png"))
+        files.append(file)
         parts.append(
-            f"## {title}\n\n{against.verdict()}\n\n![{title}]({picture})\n\n{against.table()}\n"
+            f"## {title}\n\n{against.verdict()}\n\n![{title}]({file.name})\n\n{against.table()}\n"
         )
+    write_text(files[0], "\n".join(parts))
     numbers = {against.name: against.to_json() for against in found}
-    contents["by_dataset.md"] = "\n".join(parts).encode()
-    contents["by_dataset.json"] = (json.dumps(numbers, indent=1, allow_nan=False) + "\n").encode()
-    for name, content in contents.items():
-        _write(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _write(file: Path, content: bytes) -> None:
-    write_atomically(file, lambda f: f.write(content))
+    write_text(files[1], json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    return files
 
 
 def compare_records(paths: Sequence[str | Path]) -> list[Against]:
@@ -180,8 +164,8 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
 
     Args:
         paths: JSON files of :mod:`iou_balanced_d2.experiments.evidence`, or any with "dataset",
-            "variant", "seed" and "metrics" (AP, AP50, AP75, AP85, AP90). The first one's variant
-            is what the others are compared with.
+            "variant", "seed" and "metrics" (AP, AP50, AP75, AP85, AP90). The others are compared
+            with the variant "baseline", or, where there is none, with the first file's.
 
     Returns:
         each other variant against the first.
@@ -201,7 +185,8 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
             )
         seeds[seed] = record["metrics"]
         variants[variant] = None
-    first, *others = variants
+    first = "baseline" if "baseline" in variants else next(iter(variants))
+    others = [variant for variant in variants if variant != first]
     found = {
         other: {
             dataset: _paired_effects(dataset, by_variant, first, other)
@@ -327,9 +312,10 @@ def compare_runs_by_dataset(
         columns = [comparison.metrics.index(metric) for metric in METRICS]
         for name, differences in comparison.differences.items():
             num_runs = min(len(by_side[first]), len(by_side[name]))
-            found[name][dataset] = [_effect(dataset, differences[c], num_runs) for c in columns]
+            found[name][dataset] = [effect_of(dataset, differences[c], num_runs) for c in columns]
     return _against(first, found)
 
 
-def _effect(dataset: str, d: Difference, num_runs: int) -> Effect:
+def effect_of(dataset: str, d: Difference, num_runs: int) -> Effect:
+    """A difference of two sides, each of so many runs, as the effect on a data set."""
     return Effect(dataset, d.value, d.standard_error, d.freedom, num_runs, d.of_images)

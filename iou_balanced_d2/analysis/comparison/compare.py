@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
 from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap
-from .matches import Matches, outcomes_of, pool
+from .matches import Matches, matches_of
 from .runs import Annotations, Run, load_run, read_curves
 from .statistics import Difference, SideValues, differences, spread_of_runs, verdict
 
@@ -215,13 +215,6 @@ def _values(run: Run, truths: Mapping[str, GroundTruth], weights: Array) -> tupl
 
 def _matches(run: Run, truths: Mapping[str, GroundTruth]) -> list[list[Matches]]:
     """Matches [K][A] of all data sets together."""
-    parts = [
-        outcomes_of(truth, read_detections(run.detections[name], truth))
-        for name, truth in truths.items()
-    ]
-    sizes = [len(truth.images) for truth in truths.values()]
-    offsets = np.cumsum([0, *sizes[:-1]]).tolist()
-    return [
-        [pool(outcomes, offsets) for outcomes in zip(*areas, strict=True)]
-        for areas in zip(*parts, strict=True)
-    ]
+    return matches_of(
+        [(truth, read_detections(run.detections[name], truth)) for name, truth in truths.items()]
+    )

@@ -15,7 +15,6 @@ from ...evaluation.matching import (
     AREA_RANGES,
     IGNORED,
     RIGHT,
-    Pairs,
     counted_objects,
     find_pairs,
     match,
@@ -24,26 +23,8 @@ from ...evaluation.matching import (
 Array = NDArray[Any]
 
 
-class Outcomes(NamedTuple):
-    """What became of the detections of one class in one range of area.
-
-    Attributes:
-        scores: (D,) float64, in the order in which COCO breaks ties.
-        images: (D,) int32, rows of images.
-        right: (T, D) bool, matched to an object that counts.
-        ignored: (T, D) bool, neither right nor wrong.
-        objects: (G,) int32, rows of the images of the objects that count.
-    """
-
-    scores: Array
-    images: Array
-    right: Array
-    ignored: Array
-    objects: Array
-
-
 class Matches(NamedTuple):
-    """What AP needs of :class:`Outcomes`: detections best score first, up to the last right one.
+    """One class in one range of area: detections best score first, up to the last right one.
 
     Attributes:
         images: (D,) int32, rows of images.
@@ -58,70 +39,59 @@ class Matches(NamedTuple):
     objects: Array
 
 
-def outcomes_of(ground_truth: GroundTruth, detections: Detections) -> list[list[Outcomes]]:
-    """Match by COCO's rules, see :func:`iou_balanced_d2.evaluation.matching.match`.
+def matches_of(parts: Sequence[tuple[GroundTruth, Detections]]) -> list[list[Matches]]:
+    """Match by COCO's rules and rank the detections of all data sets together by score.
 
     Args:
-        ground_truth: the objects.
-        detections: the detections.
+        parts: objects and detections of each data set; their classes are the same, and the rows of
+            a data set's images begin where those of the one before end.
 
     Returns:
-        outcomes [K][A].
+        the matches [K][A]; equal scores in the order of the data sets, then as COCO has them.
     """
-    pairs = find_pairs(ground_truth, detections)
-    by_area = [_outcomes(ground_truth, detections, pairs, area) for area in AREA_RANGES]
+    first_rows = np.cumsum([0, *(len(truth.images) for truth, _ in parts)])
+    label = np.concatenate([d.label for _, d in parts])
+    order = np.lexsort((-np.concatenate([d.scores for _, d in parts]), label))
+    images = _shifted([d.image for _, d in parts], first_rows)[order]
+    pairs = [find_pairs(*part) for part in parts]
+    classes = range(len(parts[0][0].classes))
+    ends = np.searchsorted(label[order], classes, "right")
+    rows = [slice(*x) for x in zip([0, *ends[:-1]], ends, strict=True)]
+    by_area = []
+    for area in AREA_RANGES:
+        found = [match(*part, p, area=area)[0] for part, p in zip(parts, pairs, strict=True)]
+        outcome = np.concatenate(found, axis=1)[:, order]
+        counted = [counted_objects(truth, area) for truth, _ in parts]
+        at = [truth.image[c] for (truth, _), c in zip(parts, counted, strict=True)]
+        objects = _shifted(at, first_rows)
+        of = np.concatenate([t.label[c] for (t, _), c in zip(parts, counted, strict=True)])
+        by_area.append(
+            [ranked(images[rows[k]], outcome[:, rows[k]], objects[of == k]) for k in classes]
+        )
     return [list(areas) for areas in zip(*by_area, strict=True)]
 
 
-def _outcomes(
-    ground_truth: GroundTruth, detections: Detections, pairs: Pairs, area: str
-) -> list[Outcomes]:
-    """Outcomes [K] in one range of area."""
-    outcome, _ = match(ground_truth, detections, pairs, area=area)
-    counted = counted_objects(ground_truth, area)
-    label, image = ground_truth.label[counted], ground_truth.image[counted].astype(np.int32)
-    found = []
-    for k in range(len(ground_truth.classes)):
-        rows = detections.of_class(k)
-        ignored = outcome[:, rows] == IGNORED
-        kept = ~ignored.all(axis=0)
-        found.append(
-            Outcomes(
-                scores=detections.scores[rows][kept],
-                images=detections.image[rows][kept].astype(np.int32),
-                right=(outcome[:, rows] == RIGHT)[:, kept],
-                ignored=ignored[:, kept],
-                objects=image[label == k],
-            )
-        )
-    return found
-
-
-def pool(parts: Sequence[Outcomes], offsets: Sequence[int]) -> Matches:
-    """Pool the outcomes of several data sets and rank them by score.
+def ranked(images: Array, outcome: Array, objects: Array) -> Matches:
+    """What AP needs of the outcomes of one class.
 
     Args:
-        parts: those of each data set.
-        offsets: the row that each data set's images begin at.
-
-    Returns:
-        the matches; equal scores in the order of the data sets, then as COCO has them.
+        images: (D,) int32, rows of images, of the detections best score first.
+        outcome: (T, D), each RIGHT, WRONG or IGNORED.
+        objects: (G,) int32, rows of the images of the objects that count.
     """
-    scores = np.concatenate([p.scores for p in parts])
-    order = np.argsort(-scores, kind="stable")
-    right = np.concatenate([p.right for p in parts], axis=1)[:, order]
-    ignored = np.concatenate([p.ignored for p in parts], axis=1)[:, order]
-    images = _shifted([p.images for p in parts], offsets)[order]
+    kept = ~(outcome == IGNORED).all(axis=0)
+    right, ignored = outcome[:, kept] == RIGHT, outcome[:, kept] == IGNORED
     any_right = np.flatnonzero(right.any(axis=0))
     # What ranks below the last right detection changes no precision that counts.
     end = any_right[-1] + 1 if any_right.size else 0
     return Matches(
-        images=images[:end],
+        images=images[kept][:end],
         hits=tuple(np.flatnonzero(x) for x in right),
         skipped=tuple(np.flatnonzero(x[:end]) for x in ignored),
-        objects=_shifted([p.objects for p in parts], offsets),
+        objects=objects,
     )
 
 
-def _shifted(rows: Sequence[Array], offsets: Sequence[int]) -> Array:
-    return np.concatenate([r + o for r, o in zip(rows, offsets, strict=True)]).astype(np.int32)
+def _shifted(rows: Sequence[Array], first_rows: Array) -> Array:
+    moved = [r + first for r, first in zip(rows, first_rows, strict=False)]
+    return np.concatenate(moved).astype(np.int32)

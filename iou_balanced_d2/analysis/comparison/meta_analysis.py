@@ -5,6 +5,7 @@ freedom of that.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from .statistics import LEVEL, POWER
+
 Array = NDArray[Any]
-LEVEL = 0.05
-POWER = 0.8
 _MOST_RUNS = 10_000
 
 
@@ -203,10 +204,4 @@ def seeds_needed(gain: float, effects: Sequence[Effect]) -> int | None:
 
     if not (variance > 0).all() or not enough(_MOST_RUNS):
         return None
-    low, high = 1, 2
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return 2 + bisect_left(range(2, _MOST_RUNS), True, key=enough)

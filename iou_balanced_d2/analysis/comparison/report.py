@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ...files import write_text
-from ..page import Page
-from ..plots import save_figure
+from ..page import Page, plain
+from ..plots import make_folder, save_figure
 from .compare import Comparison, SideResult
 from .figures import ap_over_iou, curves
 from .statistics import Difference, format_p
@@ -27,9 +27,8 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> None:
     Raises:
         UserError: if they can't be written.
     """
-    folder = Path(folder)
+    folder = make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         page = _page(comparison, folder)
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror}") from error
@@ -160,33 +159,31 @@ def _number(value: float) -> str:
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """All numbers, as JSON values; null where undefined."""
-    names = comparison.metrics
-    return {
-        "datasets": comparison.datasets,
-        "resamples": comparison.resamples,
-        "seed": comparison.seed,
-        "primary_metric": names[0],
-        "verdicts": comparison.verdicts(),
-        "sides": [
-            {
-                "name": side.name,
-                "runs": [
-                    {"path": path, "metrics": _named(names, values)}
-                    for path, values in zip(side.runs, side.values, strict=True)
-                ],
-                "mean": _named(names, side.mean()),
-                "std": _named(names, side.deviation()),
-            }
-            for side in comparison.sides
-        ],
-        "differences": {
-            side: {
-                name: _named(Difference._fields, d) for name, d in zip(names, found, strict=True)
-            }
-            for side, found in comparison.differences.items()
-        },
-    }
 
+    def named(values: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(comparison.metrics, values, strict=True))
 
-def _named(names: Sequence[str], values: Sequence[float] | Any) -> dict[str, float | None]:
-    return {n: None if math.isnan(v) else float(v) for n, v in zip(names, values, strict=True)}
+    sides = [
+        {
+            "name": side.name,
+            "runs": [
+                {"path": path, "metrics": named(values)}
+                for path, values in zip(side.runs, side.values, strict=True)
+            ],
+            "mean": named(side.mean()),
+            "std": named(side.deviation()),
+        }
+        for side in comparison.sides
+    ]
+    content: dict[str, Any] = plain(
+        {
+            "datasets": comparison.datasets,
+            "resamples": comparison.resamples,
+            "seed": comparison.seed,
+            "primary_metric": comparison.metrics[0],
+            "verdicts": comparison.verdicts(),
+            "sides": sides,
+            "differences": {name: named(found) for name, found in comparison.differences.items()},
+        }
+    )
+    return content

@@ -72,9 +72,8 @@ def load_run(path: str | Path, ground_truth: Mapping[str, str] | None = None) ->
         return Run(path, {name: path}, {name: Annotations(given[name])})
     if not os.path.isdir(path):
         raise UserError(f"run {path!r} not found")
-    ground_truth = _ground_truth_of(path, given)
-    detections = {name: _detections_of(path, name, len(ground_truth)) for name in ground_truth}
-    return Run(path, detections, ground_truth)
+    truths = _ground_truth_of(path, given)
+    return Run(path, {name: _detections_of(path, name, len(truths)) for name in truths}, truths)
 
 
 def _detections_of(path: str, name: str, num_datasets: int) -> str:

@@ -232,17 +232,18 @@ def test_calibration_depends_on_the_threshold():
 
 
 def test_outranked_objects():
-    objects = [(image, 1, GT, {}) for image in (1, 2, 3)]
+    objects = [(image, 1, GT, {}) for image in (1, 2, 3, 4)]
     rows = detections_of([
         (1, 1, wide(0.6), 0.9), (1, 1, wide(0.8), 0.5),  # outranked
         (2, 1, wide(0.8), 0.9), (2, 1, wide(0.6), 0.5),  # as it should be
         (3, 1, wide(0.3), 0.9), (3, 1, wide(0.4), 0.5),  # no well-placed box
+        (4, 1, wide(0.29), 0.9), (4, 1, wide(0.8), 0.5),  # hardly on the object: of another one
     ])  # fmt: skip
-    analysis = analyze(*arrays_of(coco_of(objects, num_images=3), rows))
+    analysis = analyze(*arrays_of(coco_of(objects, num_images=4), rows))
     found = outranked_objects(analysis.detections, analysis.best)
-    assert found["gt"].tolist() == [0, 1]
-    assert analysis.best.iou[found["top"]] == pytest.approx([0.6, 0.8])
-    assert analysis.best.iou[found["placed"]] == pytest.approx([0.8, 0.8])
+    assert found["gt"].tolist() == [0, 1, 3]
+    assert analysis.best.iou[found["top"]] == pytest.approx([0.6, 0.8, 0.8])
+    assert analysis.best.iou[found["placed"]] == pytest.approx([0.8, 0.8, 0.8])
     summary = analysis.results["outranked"]
-    assert (summary["objects_outranked"], summary["objects_detected"]) == (1, 2)
+    assert (summary["objects_outranked"], summary["objects_detected"]) == (1, 3)
     assert summary["mean_iou_lost"] == pytest.approx(0.2)

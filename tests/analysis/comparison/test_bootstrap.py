@@ -11,7 +11,7 @@ from iou_balanced_d2.analysis.comparison.bootstrap import (
     metrics_of,
     resampled_ap,
 )
-from iou_balanced_d2.analysis.comparison.matches import outcomes_of, pool
+from iou_balanced_d2.analysis.comparison.matches import matches_of
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 
 from ...evaluation.synthetic import arrays_of, random_case
@@ -19,8 +19,7 @@ from ..drawn import draw_detections, draw_truth, duplicated
 
 
 def metrics_by_us(coco, detections, times):
-    outcomes = outcomes_of(*arrays_of(coco, detections))
-    matches = [[pool([area], [0]) for area in areas] for areas in outcomes]
+    matches = matches_of([arrays_of(coco, detections)])
     weights = np.array([times], np.int32)
     names = [c["name"] for c in coco.dataset["categories"]]
     values = metrics_of(resampled_ap(matches, weights))[0]
@@ -67,10 +66,8 @@ def test_weights_are_copies_of_images(seed):
 
 def test_two_data_sets_are_pooled():
     cases = [random_case(seed) for seed in (1, 2)]
-    outcomes = [outcomes_of(*arrays_of(*case)) for case in cases]
     offsets = [0, len(cases[0][0].imgs)]
-    matches = [[pool(parts, offsets) for parts in zip(*areas, strict=True)]
-               for areas in zip(*outcomes, strict=True)]  # fmt: skip
+    matches = matches_of([arrays_of(*case) for case in cases])
     weights = np.ones((1, 2 * offsets[1]), np.int32)
     names = [c["name"] for c in cases[0][0].dataset["categories"]]
     values = metrics_of(resampled_ap(matches, weights))[0]

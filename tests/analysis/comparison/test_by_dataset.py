@@ -52,6 +52,11 @@ def test_records_are_paired_by_seed(tmp_path):
     assert "both against base on 4 data sets: better: AP +" in against.verdict()
 
 
+def test_a_baseline_is_the_reference_wherever_it_stands(tmp_path):
+    (against,) = compare_records(write_records(tmp_path, variants=("all", "baseline")))
+    assert (against.name, against.first) == ("all", "baseline")
+
+
 def test_all_variants_tell_the_spread_of_seeds(tmp_path):
     paths = write_records(tmp_path, variants=("base", "both", "cls", "loc"), seeds=4)
     both, *_ = compare_records([p for p in paths if p.name != "set1-loc-3.json"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from iou_balanced_d2.analysis.comparison.bootstrap import draw_images, weighted_ap
-from iou_balanced_d2.analysis.comparison.matches import Outcomes, pool
+from iou_balanced_d2.analysis.comparison.matches import ranked
 from iou_balanced_d2.analysis.comparison.statistics import (
     Difference,
     SideValues,
@@ -15,6 +15,7 @@ from iou_balanced_d2.analysis.comparison.statistics import (
     spread_of_runs,
     verdict,
 )
+from iou_balanced_d2.evaluation.matching import RIGHT, WRONG
 
 
 def side(plain, drawn):
@@ -171,7 +172,8 @@ def draw_run(rng, objects, ease, quality):
     images = np.concatenate([objects, wrong])
     scores = np.concatenate([rng.beta(4, 2, len(objects)), rng.beta(2, 4, len(wrong))])
     right = np.concatenate([right, np.zeros((10, len(wrong)), bool)], axis=1)
-    return pool([Outcomes(scores, images, right, np.zeros_like(right), objects)], [0])
+    order = np.argsort(-scores, kind="stable")
+    return ranked(images[order], np.where(right, RIGHT, WRONG)[:, order], objects)
 
 
 def values_of(runs, weights):
