@@ -308,7 +308,7 @@ def area_of(annotation: dict[str, Any]) -> float:
         its "area" in square pixels if that is a positive number, else its box's.
     """
     value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
-    if type(value) in (int, float) and 0 < value < _MAX_ID:
+    if isinstance(value, int | float) and type(value) is not bool and 0 < value < _MAX_ID:
         return float(value)
     area = max(width, 0.0) * max(height, 0.0)
     return area if math.isfinite(area) else 0.0

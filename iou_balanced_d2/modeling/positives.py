@@ -67,17 +67,17 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
     # Positives first, both level by level.
     order = (is_ignored * labels.numel() + num_images * start + row).argsort()
     block = (is_ignored * num_levels + level) * num_images + image
-    counts = torch.zeros(2 * num_levels * num_images, dtype=torch.int64, device=labels.device)
-    counts.index_add_(0, block, torch.ones_like(block))
+    number = torch.zeros(2 * num_levels * num_images, dtype=torch.int64, device=labels.device)
+    number.index_add_(0, block, torch.ones_like(block))
     highest = label.max() if len(label) else num_classes * label.new_ones(())
-    *counts, highest = torch.cat([counts, highest[None]]).tolist()
+    *counts, highest = torch.cat([number, highest[None]]).tolist()
     if highest > num_classes:
         raise ValueError(
             f"label {highest} in the ground truth, but the detector's NUM_CLASSES (such as "
             f"MODEL.RETINANET.NUM_CLASSES) is {num_classes}"
         )
     blocks = [counts[i * num_images :][:num_images] for i in range(2 * num_levels)]
-    sizes = [sum(block) for block in blocks]
+    sizes = [sum(numbers) for numbers in blocks]
     rows, classes = (x[order].split(sizes) for x in (row, label))
     targets = map(FocalTargets, rows[:num_levels], classes, rows[num_levels:])
     num_positives = sum(sizes[:num_levels])
