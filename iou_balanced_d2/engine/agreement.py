@@ -22,7 +22,9 @@ from ..errors import UserError
 # What may differ from host to host.
 _OWN_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 # The place of the paths in each entry of these keys.
-_OWN_PATHS = {"DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,)}
+_OWN_PATHS = {
+    "DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,), "DATASETS.YOLO_FOLDER": (1,),
+}  # fmt: skip
 _SHOWN = 3  # differences named in a message
 
 
