@@ -22,6 +22,7 @@ from iou_balanced_d2.data.inspection import (
     inspect_annotations,
     inspect_images,
     missing_images,
+    strips,
 )
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -60,6 +61,7 @@ def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> Report:
         images = inspect_images(content, metadata.image_root)
         report.rotated = images.rotated
         report.problems.update(images.problems)
+    report.add(("strip", place) for place in strips(cfg, content))
     print(f"\n{name}: {report.num_images} images, {report.num_annotations} annotations, ", end="")
     print(f"{report.num_empty} images without any")
     print(tabulate(report.classes.items(), headers=("class", "annotations"), tablefmt="github"))

@@ -23,6 +23,7 @@ from .inspection import (
     inspect_annotations,
     inspect_images,
     missing_images,
+    strips,
 )
 from .voc import check_difficult_policy
 
@@ -153,6 +154,7 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
         report.problems.update(inspect_images(content, metadata.image_root).problems)
     elif missing := missing_images(content, metadata.image_root):
         report.problems["missing image"] = missing
+    report.add(("strip", place) for place in strips(cfg, content))
     for kind, places in report.problems.items():
         if kind not in FATAL:
             logger.warning(f"data set {name!r}: {_named({kind: places})}")

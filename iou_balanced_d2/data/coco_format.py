@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .formats import hint_for_folder, hint_for_json, hint_for_text
 
 # Above this COCOeval, which keeps ids in float64, takes two ids for one.
 _MAX_ID = 2**53
@@ -77,11 +78,13 @@ def load_json(path: str) -> Any:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole gzip file: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+        hint = hint_for_folder(path)
+        raise UserError(f"{path}: can't be read: {error.strerror or error}{hint}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply to be annotations or detections") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a JSON file: {error}") from error
+        hint = hint_for_text(data[:1000])
+        raise UserError(f"{path}: not a JSON file: {error}{hint}") from error
 
 
 def read_coco_json(json_file: str) -> dict[str, Any]:
@@ -155,7 +158,9 @@ def _check_form(content: Any) -> None:
     for section, fields in _REQUIRED.items():
         rows = content.get(section) if isinstance(content, dict) else None
         if not isinstance(rows, list):
-            raise UserError(f"not in COCO format: it has no list {section!r}{_looks_like(content)}")
+            raise UserError(
+                f"not in COCO format: it has no list {section!r}{hint_for_json(content)}"
+            )
         for i, row in enumerate(rows):
             for field, allowed in fields.items():
                 if not isinstance(row, dict) or field not in row:
@@ -168,21 +173,6 @@ def _check_form(content: Any) -> None:
     for section in ("images", "categories"):
         if not content[section]:
             raise UserError(f"the list {section!r} is empty")
-
-
-def _looks_like(content: Any) -> str:
-    """What the file may be instead, with what to do."""
-    first = content[0] if isinstance(content, list) and content else content
-    keys = set(first) if isinstance(first, dict) else set()
-    for needed, what in (
-        ({"image_id", "score", "bbox"}, "these are detections, name the annotations instead"),
-        ({"shapes", "imagePath"}, "this is labelme's"),
-        ({"_via_img_metadata"}, "this is a project of VGG's Image Annotator, export it as COCO"),
-        ({"data", "annotations"}, "this is Label Studio's own JSON, export it as COCO"),
-    ):
-        if needed <= keys:
-            return f" ({what})"
-    return ""
 
 
 def _shown(value: Any) -> str:

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_anchor_generator, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+
+from ..modeling import interface_of
+from .images import fault_of, is_turned, shown_size
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
@@ -35,6 +38,9 @@ PROBLEMS = {
     "size mismatch": "image file of another size than annotated",
     "not 8 bit": "image of 16 bit or of floating point, which is read as nearly black or white; "
     "convert it to 8 bit",
+    "turned TIFF": "TIFF file with an EXIF orientation, which is turned twice; save it turned",
+    "strip": "image so long and narrow that nothing is left of it when resized to the config's "
+    "sizes; cut it into pieces",
 }
 # Those that make a training useless or impossible; the others leave out a box, or nothing.
 FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
@@ -43,7 +49,6 @@ _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
 _FEWEST_BOXES = 5
 _MANY_TOO_FAR = 0.1  # of the boxes
 _LARGER_THAN_1 = 8  # pixels
-_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
 
 
 @dataclass
@@ -105,6 +110,32 @@ def inspect_annotations(content: dict[str, Any]) -> Report:
     if annotations and all(a["iscrowd"] for a in annotations):
         report.add([("only crowds", f"{len(annotations)} objects")])
     return report
+
+
+def strips(cfg: CfgNode, content: dict[str, Any]) -> list[str]:
+    """The images of which detectron2's resizing leaves less than a pixel.
+
+    Args:
+        cfg: the full config.
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        a text of each.
+    """
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if interface_of(detector).build_augmentation(cfg, False) is not None:
+        return []  # images are resized to a square or so
+    sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
+    sizes.append((cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
+    limit = min(longest for _, longest in sizes)  # no side gets under half a pixel below it
+    found = []
+    for image in content["images"]:
+        sides = (image["height"], image["width"])
+        if max(sides) >= limit * min(sides) and any(
+            min(ResizeShortestEdge.get_output_shape(*sides, *size)) < 1 for size in sizes if size[0]
+        ):
+            found.append(f"{image['file_name']}: {image['width']}x{image['height']}")
+    return found
 
 
 def _twice(kind: str, names: list[str]) -> list[tuple[str, str]]:
@@ -204,22 +235,20 @@ def _look_at(image: dict[str, Any], image_root: str) -> tuple[list[tuple[str, st
         return [("missing image", path)], False
     try:
         with Image.open(path) as file:
+            (width, height), is_rotated = shown_size(file), is_turned(file)
+            fault, mode = fault_of(file), file.mode
             file.load()
-            (width, height), mode = file.size, file.mode
-            is_rotated = file.getexif().get(_ORIENTATION, 1) in _TURNED
     except Exception as error:  # PIL raises SyntaxError and others on broken files
         return [("unreadable image", f"{path}: {' '.join(str(error).split())}")], False
     problems = []
-    if is_rotated:  # as detectron2 reads it
-        width, height = height, width
     if (width, height) != (image["width"], image["height"]):
         turned = ", once turned as its EXIF data say" if is_rotated else ""
         annotated = f"{image['width']}x{image['height']}"
         problems.append(
             ("size mismatch", f"{path}: {width}x{height}{turned}, annotated {annotated}")
         )
-    if mode[0] in "IF":  # PIL's modes of more than 8 bit: I;16, I, F
-        problems.append(("not 8 bit", f"{path}: mode {mode}"))
+    if fault:
+        problems.append((fault, f"{path}: mode {mode}" if fault == "not 8 bit" else path))
     return problems, is_rotated
 
 

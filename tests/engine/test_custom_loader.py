@@ -1,4 +1,4 @@
-"""Loaders and mappers of one's own in a subclass of the Trainer, as detectron2's tutorial has it."""
+"""Loaders and mappers of one's own in a subclass of the Trainer."""
 
 import copy
 import logging
