@@ -20,6 +20,7 @@ from .inspection import (
     PROBLEMS,
     anchor_advice,
     anchor_recall,
+    has_object,
     inspect_annotations,
     inspect_images,
     missing_images,
@@ -62,6 +63,7 @@ def check_datasets(
     if not getattr(cfg.DATASETS, key.split(".")[1]):
         raise UserError(f"{key} is empty: name at least one data set")
     known: dict[str, list[str]] = {}
+    is_empty: dict[str, bool] = {}
     for name in dict.fromkeys(names):
         _check_registered(name)
         prepare_dataset(name)
@@ -71,13 +73,17 @@ def check_datasets(
             if name in _TRUSTED and not read_images:
                 classes = _check_known(name)
             elif MetadataCatalog.get(name).get("json_file"):
-                classes = _check_content(cfg, name, read_images=read_images, inspect=inspect)
+                content = _check_content(cfg, name, read_images=read_images, inspect=inspect)
+                classes = class_names(content)
+                is_empty[name] = not has_object(content, cfg.DATASETS.VOC_DIFFICULT)
             else:
                 classes = _check_records(name)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
         _check_same_classes(known, name, classes)
+    if training and all(is_empty.get(name) for name in cfg.DATASETS.TRAIN):
+        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box")
 
 
 def detector_node(cfg: CfgNode) -> str | None:
@@ -140,13 +146,13 @@ def _check_records(name: str) -> list[str]:
     return classes
 
 
-def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> list[str]:
-    """Read a data set's annotations, and its images if asked to; return the classes."""
+def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> dict[str, Any]:
+    """Read a data set's annotations, and its images if asked to; return the annotations."""
     metadata = MetadataCatalog.get(name)
     content = read_coco_json(metadata.json_file)
     check_folder(metadata.image_root)
     if not inspect:
-        return class_names(content)
+        return content
     report = inspect_annotations(content)
     for kind, (number, place) in report.repairs.items():
         logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
@@ -162,7 +168,7 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
         raise UserError(f"{_path(name)}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
-    return class_names(content)
+    return content
 
 
 def _path(name: str) -> str:

@@ -17,6 +17,7 @@ from .formats import hint_for_folder, hint_for_json, hint_for_text
 
 # Above this COCOeval, which keeps ids in float64, takes two ids for one.
 _MAX_ID = 2**53
+_MAX_AREA = 1e10  # square pixels; COCO evaluates no object above it
 _MAX_BYTES = 2**31  # of an unpacked .json.gz
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
@@ -33,7 +34,7 @@ REPAIRS = {
     "annotation id": "missing, used twice, or no positive whole number: all are numbered anew",
     "image id": "not all are whole numbers from 0 on: all are numbered anew",
     "category id": "not all are whole numbers from 0 on: all are numbered anew",
-    "area": "missing, or no positive number: the box's area is taken",
+    "area": "missing, or no positive number up to 1e10: the box's area is taken",
     "iscrowd": "neither 0 nor 1: read as one of them",
     "ignore": "objects to be ignored: taken for difficult ones, see DATASETS.VOC_DIFFICULT",
     "reference": "image_id or category_id is a number in one place and a text in the other",
@@ -298,7 +299,7 @@ def area_of(annotation: dict[str, Any]) -> float:
         its "area" in square pixels if that is a positive number, else its box's.
     """
     value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
-    if type(value) in (int, float) and 0 < value < _MAX_ID:
+    if type(value) in (int, float) and 0 < value <= _MAX_AREA:
         return float(value)
     area = max(width, 0.0) * max(height, 0.0)
     return area if math.isfinite(area) else 0.0

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from ..modeling import interface_of
 from .images import fault_of, is_turned, shown_size
+from .loading import is_good_box
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
@@ -110,6 +113,28 @@ def inspect_annotations(content: dict[str, Any]) -> Report:
     if annotations and all(a["iscrowd"] for a in annotations):
         report.add([("only crowds", f"{len(annotations)} objects")])
     return report
+
+
+def has_object(content: dict[str, Any], policy: str) -> bool:
+    """Whether there is an object to train on: no crowd, with an area inside of its image.
+
+    Args:
+        content: clean, see :func:`read_coco_json`.
+        policy: DATASETS.VOC_DIFFICULT; only by "count" difficult objects are trained on.
+
+    Returns:
+        whether there is one.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    counted = (
+        {**a, "bbox_mode": BoxMode.XYWH_ABS}
+        for a in content["annotations"]
+        if not a["iscrowd"] and (policy == "count" or not a.get("difficult"))
+    )
+    return any(
+        is_good_box(a, *(images[a["image_id"]][side] for side in ("width", "height")))
+        for a in counted
+    )
 
 
 def strips(cfg: CfgNode, content: dict[str, Any]) -> list[str]:
@@ -252,8 +277,39 @@ def _look_at(image: dict[str, Any], image_root: str) -> tuple[list[tuple[str, st
     return problems, is_rotated
 
 
+@dataclass(frozen=True)
+class AnchorGrid:
+    """A RetinaNet's anchors: shapes that stand at every cell of a grid.
+
+    Attributes:
+        levels: (stride in pixels, (A, 2) float widths and heights) of each pyramid level.
+        offset: place in its cell of an anchor's centre, in cells.
+        divisor: images are padded to a multiple of it.
+    """
+
+    levels: list[tuple[int, NDArray[Any]]]
+    offset: float
+    divisor: int
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "AnchorGrid":
+        """The anchors of a config; this builds its backbone, without memory for the weights."""
+        with torch.device("meta"):
+            shapes = build_backbone(cfg).output_shape()
+        features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        generator = build_anchor_generator(cfg, features)
+        cells = [(cell[:, 2:] - cell[:, :2]).numpy() for cell in generator.cell_anchors]
+        levels = list(zip(generator.strides, cells, strict=True))
+        return cls(levels, generator.offset, max(feature.stride for feature in features))
+
+
 def anchor_recall(
-    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+    cfg: CfgNode,
+    content: dict[str, Any],
+    *,
+    anchors: AnchorGrid | None = None,
+    image_scale: float = 1.0,
+    anchor_scale: float = 1.0,
 ) -> float:
     """Share of the ground truth that gets an anchor at the config's anchors and image size.
 
@@ -264,20 +320,28 @@ def anchor_recall(
     Args:
         cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
         content: clean, see :func:`read_coco_json`.
+        anchors: those of the config, if they are at hand.
         image_scale: what the config's image sizes are multiplied by.
         anchor_scale: what its anchors' sizes are multiplied by.
 
     Returns:
         share in [0, 1]; NaN without any box.
     """
-    best = best_anchor_iou(cfg, content, image_scale=image_scale, anchor_scale=anchor_scale)
+    best = best_anchor_iou(
+        cfg, content, anchors=anchors, image_scale=image_scale, anchor_scale=anchor_scale
+    )
     if not len(best):
         return math.nan
     return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
 
 
 def best_anchor_iou(
-    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
+    cfg: CfgNode,
+    content: dict[str, Any],
+    *,
+    anchors: AnchorGrid | None = None,
+    image_scale: float = 1.0,
+    anchor_scale: float = 1.0,
 ) -> NDArray[np.float64]:
     """Each object's IoU with its best anchor.
 
@@ -287,6 +351,7 @@ def best_anchor_iou(
     Args:
         cfg: config of a RetinaNet.
         content: clean, see :func:`read_coco_json`.
+        anchors: those of the config, if they are at hand.
         image_scale: what the config's image sizes are multiplied by.
         anchor_scale: what its anchors' sizes are multiplied by.
 
@@ -297,18 +362,14 @@ def best_anchor_iou(
     best = np.zeros(len(boxes))
     if not len(boxes):
         return best
-    with torch.device("meta"):
-        shapes = build_backbone(cfg).output_shape()
-    features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
-    generator = build_anchor_generator(cfg, features)
-    divisor = max(feature.stride for feature in features)
-    padded = np.ceil(size / divisor) * divisor
+    grid = anchors or AnchorGrid.of(cfg)
+    padded = np.ceil(size / grid.divisor) * grid.divisor
     centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    for stride, cell in zip(generator.strides, generator.cell_anchors, strict=True):
+    for stride, shapes in grid.levels:
         last = np.ceil(padded / stride) - 1
-        start = generator.offset * stride
+        start = grid.offset * stride
         place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
-        for anchor in (cell[:, 2:] - cell[:, :2]).numpy() * anchor_scale:
+        for anchor in shapes * anchor_scale:
             overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
                 place - anchor / 2, centre - extent / 2
             )
@@ -358,8 +419,9 @@ def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
     """
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     shortest = sizes[len(sizes) // 2]
-    larger = {s: anchor_recall(cfg, content, image_scale=s) for s in (1.5, 2.0)}
-    others = {s: anchor_recall(cfg, content, anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
+    recall = partial(anchor_recall, cfg, content, anchors=AnchorGrid.of(cfg))
+    larger = {s: recall(image_scale=s) for s in (1.5, 2.0)}
+    others = {s: recall(anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
     best = max(others, key=lambda scale: others[scale])
     images = ", ".join(
         f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
