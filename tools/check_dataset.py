@@ -71,7 +71,7 @@ def check(
         print_anchors(cfg, content)
     if args.pictures:
         draw(name, args.pictures, args.most)
-    found |= report.problems.keys()
+    found.update(report.problems)
 
 
 def print_findings(report: Report, most: int) -> None:
