@@ -17,6 +17,8 @@ from typing import Any
 
 from iou_balanced_d2.data import prepare_dataset, register_datasets_of
 from iou_balanced_d2.data.coco_format import class_names, read_coco_json
+from iou_balanced_d2.data.images import fault_of
+from iou_balanced_d2.data.inspection import PROBLEMS
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.engine.checks import check_model, check_weights
 from iou_balanced_d2.engine.config import choose_device
@@ -32,12 +34,14 @@ from detectron2.engine.defaults import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 # Small pictures are enlarged to about this width, so that thin lines and labels can be read.
 MIN_WIDTH = 640
+# No picture is drawn larger: drawing takes some 50 bytes a pixel.
+MAX_SIDE = 6000
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +77,7 @@ class Detector:
         """
         self._predict = DefaultPredictor(cfg)
         self._threshold = threshold
+        self.longest = cfg.INPUT.MAX_SIZE_TEST  # times the shorter side; nothing is left of others
         self.metadata = classes_of(cfg)
 
     def __call__(self, image: np.ndarray) -> Instances:
@@ -117,11 +122,21 @@ def draw_pictures(detector: Detector, files: Sequence[str], output: Path) -> int
     written: set[str] = set()
     for file in tqdm(files, disable=len(files) < 2):
         try:
+            with Image.open(file) as opened:
+                fault = fault_of(opened)
             image = read_image(file, "BGR")
+            if max(image.shape[:2]) > detector.longest * min(image.shape[:2]):
+                fault = "strip"
         except Exception as error:  # PIL raises SyntaxError and others on broken files
             tqdm.write(f"{file}: skipped, can't be read: {reason(error)}", file=sys.stderr)
             failed += 1
             continue
+        if fault:
+            tqdm.write(f"{file}: skipped: {PROBLEMS[fault]}", file=sys.stderr)
+            failed += 1
+            continue
+        if max(image.shape[:2]) > MAX_SIDE:
+            tqdm.write(f"{file}: drawn with a side of {MAX_SIDE} pixels", file=sys.stderr)
         name = free_name(Path(file), written)
         keep_input(file, output / name)
         write_picture(output / name, draw(image, detector(image), detector.metadata))
@@ -129,8 +144,8 @@ def draw_pictures(detector: Detector, files: Sequence[str], output: Path) -> int
 
 
 def draw(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """Draw detections on (h, w, 3) uint8 BGR; returns such a picture, small ones enlarged."""
-    scale = max(1.0, MIN_WIDTH / image.shape[1])
+    """Draw detections on (h, w, 3) uint8 BGR; small ones enlarged, huge ones reduced."""
+    scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale)
     return visualizer.draw_instance_predictions(found).get_image()[:, :, ::-1]
 

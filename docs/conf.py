@@ -60,7 +60,9 @@ napoleon_use_ivar = True
 rst_prolog = ".. role:: paper"
 
 # Classes of torch, detectron2 and the standard library that docstrings call by their last name.
-nitpick_ignore_regex = [("py:class", "Boxes|DenseDetector|Instances|Tensor|timedelta")]
+nitpick_ignore_regex = [
+    ("py:class", "Boxes|CfgNode|DenseDetector|Instances|Tensor|nn.Module|timedelta")
+]
 
 _DEFINED = {
     name

@@ -49,6 +49,7 @@ def test_every_config_but_the_bases_and_the_protocols_has_its_pair():
     others = {path.stem for path in CONFIGS if path not in {*METHODS, *baselines}}
     assert others == {"Base-RetinaNet", "Base-FCOS", "Base-SSD300", "Base-SSD512",
                       "retinanet_R_50_FPN_cpu", "retinanet_R_50_FPN_gpu",
+                      "retinanet_R_50_FPN_many_cpu",
                       "retinanet_R_50_FPN_1x_quality_focal",
                       "retinanet_R_50_FPN_1x_varifocal"}  # fmt: skip
 

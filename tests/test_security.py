@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 import train_net
 from iou_balanced_d2.analysis.page import Page
 from iou_balanced_d2.data import conversion, register_coco_json, register_voc_folder
+from iou_balanced_d2.data.anchors import anchor_recall
 from iou_balanced_d2.data.checks import check_datasets
 from iou_balanced_d2.data.coco_format import read_coco_json
-from iou_balanced_d2.data.inspection import anchor_recall, inspect_annotations, inspect_images
+from iou_balanced_d2.data.inspection import inspect_annotations, inspect_images
 from iou_balanced_d2.data.names import check_name
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.engine.safe_load import PlainUnpickler, read_checkpoint

@@ -8,20 +8,21 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 from typing import Any
 
 from iou_balanced_d2.data import check_datasets
+from iou_balanced_d2.data.anchors import anchor_advice, anchor_recall
 from iou_balanced_d2.data.checks import LOW_RECALL
-from iou_balanced_d2.data.coco_format import REPAIRS, read_coco_json
+from iou_balanced_d2.data.coco_format import REPAIRS
 from iou_balanced_d2.data.inspection import (
     FATAL,
     PROBLEMS,
     Report,
-    anchor_advice,
-    anchor_recall,
     inspect_annotations,
     inspect_images,
     missing_images,
+    strips,
 )
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -49,10 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> Report:
-    """Check one data set and print what was found."""
+def check(
+    cfg: CfgNode, args: argparse.Namespace, found: set[str], name: str, content: dict[str, Any]
+) -> None:
+    """Check one data set, print what was found, and add the kinds of its problems."""
     metadata = MetadataCatalog.get(name)
-    content = read_coco_json(metadata.json_file)
     report = inspect_annotations(content)
     if args.quick:
         report.add(("missing image", path) for path in missing_images(content, metadata.image_root))
@@ -60,6 +62,7 @@ def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> Report:
         images = inspect_images(content, metadata.image_root)
         report.rotated = images.rotated
         report.problems.update(images.problems)
+    report.add(("strip", place) for place in strips(cfg, content))
     print(f"\n{name}: {report.num_images} images, {report.num_annotations} annotations, ", end="")
     print(f"{report.num_empty} images without any")
     print(tabulate(report.classes.items(), headers=("class", "annotations"), tablefmt="github"))
@@ -68,7 +71,7 @@ def check(cfg: CfgNode, name: str, args: argparse.Namespace) -> Report:
         print_anchors(cfg, content)
     if args.pictures:
         draw(name, args.pictures, args.most)
-    return report
+    found.update(report.problems)
 
 
 def print_findings(report: Report, most: int) -> None:
@@ -110,9 +113,8 @@ def main() -> int:
     args = parse_arguments()
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_datasets(cfg, training=True, inspect=False)  # all problems are listed here
-        names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-        kinds = {kind for name in names for kind in check(cfg, name, args).problems}
+        kinds: set[str] = set()
+        check_datasets(cfg, training=True, inspect=partial(check, cfg, args, kinds))
     except UserError as error:
         print(f"check_dataset.py: error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..errors import UserError
+from .anchors import anchor_advice, anchor_recall
 from .coco import check_folder, register_datasets_of
 from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import is_converted, prepare_dataset
@@ -18,11 +20,11 @@ from .demo import ensure_demo_datasets
 from .inspection import (
     FATAL,
     PROBLEMS,
-    anchor_advice,
-    anchor_recall,
+    has_object,
     inspect_annotations,
     inspect_images,
     missing_images,
+    strips,
 )
 from .voc import check_difficult_policy
 
@@ -36,11 +38,13 @@ _TRUSTED = {
     *(f"iou_balanced_demo_{split}" for split in ("train", "val")),
 }
 
+Inspect = Callable[[str, dict[str, Any]], None]
+
 logger = logging.getLogger(__name__)
 
 
 def check_datasets(
-    cfg: CfgNode, *, training: bool, read_images: bool = False, inspect: bool = True
+    cfg: CfgNode, *, training: bool, read_images: bool = False, inspect: Inspect | None = None
 ) -> None:
     """Check that the config's data sets exist and fit the model; convert or draw what is used.
 
@@ -48,8 +52,8 @@ def check_datasets(
         cfg: the full config.
         training: check DATASETS.TRAIN too, not only DATASETS.TEST.
         read_images: decode every image, and the annotations of detectron2's own data sets too.
-        inspect: look for bad annotations and images; without it only for what keeps one from
-            looking (see :mod:`.inspection`).
+        inspect: called with the name and the clean content of each data set that has a JSON file,
+            in place of the search for bad annotations and images that ends in an error.
 
     Raises:
         UserError: naming the data set, file, folder or key, and what to do.
@@ -61,22 +65,33 @@ def check_datasets(
     if not getattr(cfg.DATASETS, key.split(".")[1]):
         raise UserError(f"{key} is empty: name at least one data set")
     known: dict[str, list[str]] = {}
+    is_empty: dict[str, bool] = {}
     for name in dict.fromkeys(names):
         _check_registered(name)
         prepare_dataset(name)
         if name.startswith("iou_balanced_demo_"):
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
         try:
-            if name in _TRUSTED and not read_images:
-                classes = _check_known(name)
+            classes = _check_known(name) if name in _TRUSTED else []
+            if name in _TRUSTED and not read_images and inspect is None:
+                pass
             elif MetadataCatalog.get(name).get("json_file"):
-                classes = _check_content(cfg, name, read_images=read_images, inspect=inspect)
+                content = read_coco_json(MetadataCatalog.get(name).json_file)
+                check_folder(MetadataCatalog.get(name).image_root)
+                if inspect is None:
+                    _check_content(cfg, name, content, read_images=read_images)
+                else:
+                    inspect(name, content)
+                classes = class_names(content)
+                is_empty[name] = not has_object(content, cfg.DATASETS.VOC_DIFFICULT)
             else:
                 classes = _check_records(name)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
         _check_same_classes(known, name, classes)
+    if training and all(is_empty.get(name) for name in cfg.DATASETS.TRAIN):
+        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box")
 
 
 def detector_node(cfg: CfgNode) -> str | None:
@@ -139,20 +154,17 @@ def _check_records(name: str) -> list[str]:
     return classes
 
 
-def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool) -> list[str]:
-    """Read a data set's annotations, and its images if asked to; return the classes."""
-    metadata = MetadataCatalog.get(name)
-    content = read_coco_json(metadata.json_file)
-    check_folder(metadata.image_root)
-    if not inspect:
-        return class_names(content)
+def _check_content(cfg: CfgNode, name: str, content: dict[str, Any], *, read_images: bool) -> None:
+    """Look for what is wrong with a data set's annotations, and its images if asked to."""
+    image_root = MetadataCatalog.get(name).image_root
     report = inspect_annotations(content)
     for kind, (number, place) in report.repairs.items():
         logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
     if read_images:
-        report.problems.update(inspect_images(content, metadata.image_root).problems)
-    elif missing := missing_images(content, metadata.image_root):
+        report.problems.update(inspect_images(content, image_root).problems)
+    elif missing := missing_images(content, image_root):
         report.problems["missing image"] = missing
+    report.add(("strip", place) for place in strips(cfg, content))
     for kind, places in report.problems.items():
         if kind not in FATAL:
             logger.warning(f"data set {name!r}: {_named({kind: places})}")
@@ -160,7 +172,6 @@ def _check_content(cfg: CfgNode, name: str, *, read_images: bool, inspect: bool)
         raise UserError(f"{_path(name)}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
-    return class_names(content)
 
 
 def _path(name: str) -> str:

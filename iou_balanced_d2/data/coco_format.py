@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .formats import hint_for_folder, hint_for_json, hint_for_text
 
 # Above this COCOeval, which keeps ids in float64, takes two ids for one.
 _MAX_ID = 2**53
+_MAX_AREA = 1e10  # square pixels; COCO evaluates no object above it
 _MAX_BYTES = 2**31  # of an unpacked .json.gz
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
@@ -32,7 +34,7 @@ REPAIRS = {
     "annotation id": "missing, used twice, or no positive whole number: all are numbered anew",
     "image id": "not all are whole numbers from 0 on: all are numbered anew",
     "category id": "not all are whole numbers from 0 on: all are numbered anew",
-    "area": "missing, or no positive number: the box's area is taken",
+    "area": "missing, or no positive number up to 1e10: the box's area is taken",
     "iscrowd": "neither 0 nor 1: read as one of them",
     "ignore": "objects to be ignored: taken for difficult ones, see DATASETS.VOC_DIFFICULT",
     "reference": "image_id or category_id is a number in one place and a text in the other",
@@ -77,11 +79,13 @@ def load_json(path: str) -> Any:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole gzip file: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+        hint = hint_for_folder(path)
+        raise UserError(f"{path}: can't be read: {error.strerror or error}{hint}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply to be annotations or detections") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a JSON file: {error}") from error
+        hint = hint_for_text(data[:1000])
+        raise UserError(f"{path}: not a JSON file: {error}{hint}") from error
 
 
 def read_coco_json(json_file: str) -> dict[str, Any]:
@@ -155,7 +159,9 @@ def _check_form(content: Any) -> None:
     for section, fields in _REQUIRED.items():
         rows = content.get(section) if isinstance(content, dict) else None
         if not isinstance(rows, list):
-            raise UserError(f"not in COCO format: it has no list {section!r}{_looks_like(content)}")
+            raise UserError(
+                f"not in COCO format: it has no list {section!r}{hint_for_json(content)}"
+            )
         for i, row in enumerate(rows):
             for field, allowed in fields.items():
                 if not isinstance(row, dict) or field not in row:
@@ -168,21 +174,6 @@ def _check_form(content: Any) -> None:
     for section in ("images", "categories"):
         if not content[section]:
             raise UserError(f"the list {section!r} is empty")
-
-
-def _looks_like(content: Any) -> str:
-    """What the file may be instead, with what to do."""
-    first = content[0] if isinstance(content, list) and content else content
-    keys = set(first) if isinstance(first, dict) else set()
-    for needed, what in (
-        ({"image_id", "score", "bbox"}, "these are detections, name the annotations instead"),
-        ({"shapes", "imagePath"}, "this is labelme's"),
-        ({"_via_img_metadata"}, "this is a project of VGG's Image Annotator, export it as COCO"),
-        ({"data", "annotations"}, "this is Label Studio's own JSON, export it as COCO"),
-    ):
-        if needed <= keys:
-            return f" ({what})"
-    return ""
 
 
 def _shown(value: Any) -> str:
@@ -308,7 +299,7 @@ def area_of(annotation: dict[str, Any]) -> float:
         its "area" in square pixels if that is a positive number, else its box's.
     """
     value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
-    if isinstance(value, int | float) and type(value) is not bool and 0 < value < _MAX_ID:
+    if isinstance(value, int | float) and type(value) is not bool and 0 < value <= _MAX_AREA:
         return float(value)
     area = max(width, 0.0) * max(height, 0.0)
     return area if math.isfinite(area) else 0.0

@@ -204,8 +204,8 @@ def cached_json(name: str, source: Source) -> str:
     with file_lock(str(folder / quote(name, safe=""))):
         if not (folder / file_name).exists():
             logger.info(f"Converting the annotations of {name} into {folder / file_name} ...")
-            content = json.dumps(source.convert()).encode()
-            write_atomically(folder / file_name, lambda f: f.write(content))
+            text = _dump(source.convert())
+            write_atomically(folder / file_name, lambda f: f.write(text.encode()))
             _remove_outdated(folder, name, keep=file_name)
     return str(folder / file_name)
 
@@ -247,10 +247,18 @@ def _remove_outdated(folder: Path, name: str, *, keep: str) -> None:
             path.unlink(missing_ok=True)
 
 
+def _dump(content: dict[str, Any]) -> str:
+    """JSON with the classes in the first line, which is read alone where they are all one needs."""
+    head = json.dumps({"categories": content["categories"]})
+    rest = json.dumps({key: value for key, value in content.items() if key != "categories"})
+    return f"{head[:-1]},\n{rest[1:]}"
+
+
 def _read_classes(json_file: str) -> list[str]:
     try:
         with open(json_file, encoding="utf-8") as f:
-            return [category["name"] for category in json.load(f)["categories"]]
+            head = f.readline().rstrip().removesuffix(",") + "}"
+        return [category["name"] for category in json.loads(head)["categories"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{json_file}: can't be read; delete it and start again") from error
 

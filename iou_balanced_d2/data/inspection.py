@@ -1,7 +1,6 @@
-"""Problems of a data set, and how well a detector's anchors fit its boxes."""
+"""Problems of a data set."""
 
 import contextlib
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,13 +9,17 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_anchor_generator, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+
+from ..modeling import interface_of
+from .images import fault_of, is_turned, shown_size
+from .loading import is_good_box
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
@@ -35,6 +38,9 @@ PROBLEMS = {
     "size mismatch": "image file of another size than annotated",
     "not 8 bit": "image of 16 bit or of floating point, which is read as nearly black or white; "
     "convert it to 8 bit",
+    "turned TIFF": "TIFF file with an EXIF orientation, which is turned twice; save it turned",
+    "strip": "image so long and narrow that nothing is left of it when resized to the config's "
+    "sizes; cut it into pieces",
 }
 # Those that make a training useless or impossible; the others leave out a box, or nothing.
 FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
@@ -43,7 +49,6 @@ _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
 _FEWEST_BOXES = 5
 _MANY_TOO_FAR = 0.1  # of the boxes
 _LARGER_THAN_1 = 8  # pixels
-_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
 
 
 @dataclass
@@ -105,6 +110,54 @@ def inspect_annotations(content: dict[str, Any]) -> Report:
     if annotations and all(a["iscrowd"] for a in annotations):
         report.add([("only crowds", f"{len(annotations)} objects")])
     return report
+
+
+def has_object(content: dict[str, Any], policy: str) -> bool:
+    """Whether there is an object to train on: no crowd, with an area inside of its image.
+
+    Args:
+        content: clean, see :func:`read_coco_json`.
+        policy: DATASETS.VOC_DIFFICULT; only by "count" difficult objects are trained on.
+
+    Returns:
+        whether there is one.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    counted = (
+        {**a, "bbox_mode": BoxMode.XYWH_ABS}
+        for a in content["annotations"]
+        if not a["iscrowd"] and (policy == "count" or not a.get("difficult"))
+    )
+    return any(
+        is_good_box(a, *(images[a["image_id"]][side] for side in ("width", "height")))
+        for a in counted
+    )
+
+
+def strips(cfg: CfgNode, content: dict[str, Any]) -> list[str]:
+    """The images of which detectron2's resizing leaves less than a pixel.
+
+    Args:
+        cfg: the full config.
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        a text of each.
+    """
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if interface_of(detector).build_augmentation(cfg, False) is not None:
+        return []  # images are resized to a square or so
+    sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
+    sizes.append((cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
+    limit = min(longest for _, longest in sizes)  # no side gets under half a pixel below it
+    found = []
+    for image in content["images"]:
+        sides = (image["height"], image["width"])
+        if max(sides) >= limit * min(sides) and any(
+            min(ResizeShortestEdge.get_output_shape(*sides, *size)) < 1 for size in sizes if size[0]
+        ):
+            found.append(f"{image['file_name']}: {image['width']}x{image['height']}")
+    return found
 
 
 def _twice(kind: str, names: list[str]) -> list[tuple[str, str]]:
@@ -204,137 +257,18 @@ def _look_at(image: dict[str, Any], image_root: str) -> tuple[list[tuple[str, st
         return [("missing image", path)], False
     try:
         with Image.open(path) as file:
+            (width, height), is_rotated = shown_size(file), is_turned(file)
+            fault, mode = fault_of(file), file.mode
             file.load()
-            (width, height), mode = file.size, file.mode
-            is_rotated = file.getexif().get(_ORIENTATION, 1) in _TURNED
     except Exception as error:  # PIL raises SyntaxError and others on broken files
         return [("unreadable image", f"{path}: {' '.join(str(error).split())}")], False
     problems = []
-    if is_rotated:  # as detectron2 reads it
-        width, height = height, width
     if (width, height) != (image["width"], image["height"]):
         turned = ", once turned as its EXIF data say" if is_rotated else ""
         annotated = f"{image['width']}x{image['height']}"
         problems.append(
             ("size mismatch", f"{path}: {width}x{height}{turned}, annotated {annotated}")
         )
-    if mode[0] in "IF":  # PIL's modes of more than 8 bit: I;16, I, F
-        problems.append(("not 8 bit", f"{path}: mode {mode}"))
+    if fault:
+        problems.append((fault, f"{path}: mode {mode}" if fault == "not 8 bit" else path))
     return problems, is_rotated
-
-
-def anchor_recall(
-    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
-) -> float:
-    """Share of the ground truth that gets an anchor at the config's anchors and image size.
-
-    "Gets an anchor": one anchor's IoU with the box is at least the upper one of
-    MODEL.RETINANET.IOU_THRESHOLDS. (The others are matched to their best anchor all the same, but
-    to that one only, however bad it is.)
-
-    Args:
-        cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
-        content: clean, see :func:`read_coco_json`.
-        image_scale: what the config's image sizes are multiplied by.
-        anchor_scale: what its anchors' sizes are multiplied by.
-
-    Returns:
-        share in [0, 1]; NaN without any box.
-    """
-    best = best_anchor_iou(cfg, content, image_scale=image_scale, anchor_scale=anchor_scale)
-    if not len(best):
-        return math.nan
-    return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
-
-
-def best_anchor_iou(
-    cfg: CfgNode, content: dict[str, Any], *, image_scale: float = 1.0, anchor_scale: float = 1.0
-) -> NDArray[np.float64]:
-    """Each object's IoU with its best anchor.
-
-    An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
-    shape only the one nearest to the box has to be looked at, not all of the grid.
-
-    Args:
-        cfg: config of a RetinaNet.
-        content: clean, see :func:`read_coco_json`.
-        image_scale: what the config's image sizes are multiplied by.
-        anchor_scale: what its anchors' sizes are multiplied by.
-
-    Returns:
-        (G,) in [0, 1], of the objects that have an area and are no crowds.
-    """
-    boxes, size = _scaled_boxes(cfg, content, image_scale)
-    best = np.zeros(len(boxes))
-    if not len(boxes):
-        return best
-    with torch.device("meta"):
-        shapes = build_backbone(cfg).output_shape()
-    features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
-    generator = build_anchor_generator(cfg, features)
-    divisor = max(feature.stride for feature in features)
-    padded = np.ceil(size / divisor) * divisor
-    centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    for stride, cell in zip(generator.strides, generator.cell_anchors, strict=True):
-        last = np.ceil(padded / stride) - 1
-        start = generator.offset * stride
-        place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
-        for anchor in (cell[:, 2:] - cell[:, :2]).numpy() * anchor_scale:
-            overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
-                place - anchor / 2, centre - extent / 2
-            )
-            common = overlap.clip(min=0).prod(axis=1)
-            np.maximum(best, common / (extent.prod(axis=1) + anchor.prod() - common), out=best)
-    return best
-
-
-def _scaled_boxes(
-    cfg: CfgNode, content: dict[str, Any], image_scale: float
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Boxes (G, 4) XYXY and width and height (G, 2) of their images, as resized for training."""
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    shortest = round(sizes[len(sizes) // 2] * image_scale)
-    longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
-    resized = {
-        image["id"]: (
-            image,
-            ResizeShortestEdge.get_output_shape(image["height"], image["width"], shortest, longest)[
-                ::-1
-            ],
-        )
-        for image in content["images"]
-    }
-    boxes, size, original = [], [], []
-    for a in content["annotations"]:
-        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]:
-            image, new_size = resized[a["image_id"]]
-            boxes.append(a["bbox"])
-            size.append(new_size)
-            original.append((image["width"], image["height"]))
-    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
-    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    return xyxy * np.tile(new / old, 2), new
-
-
-def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
-    """What larger images and smaller (or larger) anchors would do for :func:`anchor_recall`.
-
-    Args:
-        cfg: config of a RetinaNet.
-        content: clean, see :func:`read_coco_json`.
-
-    Returns:
-        one line.
-    """
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    shortest = sizes[len(sizes) // 2]
-    larger = {s: anchor_recall(cfg, content, image_scale=s) for s in (1.5, 2.0)}
-    others = {s: anchor_recall(cfg, content, anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
-    best = max(others, key=lambda scale: others[scale])
-    images = ", ".join(
-        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
-    )
-    return (
-        f"it would be {images}, and {others[best]:.0%} with MODEL.ANCHOR_GENERATOR.SIZES x {best:g}"
-    )

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -134,9 +135,9 @@ class BoxMapper(DatasetMapper):
 
 
 class CheckedMapper:
-    """A DatasetMapper whose errors name the image and its data set."""
+    """A mapper whose errors name the image and its data set."""
 
-    def __init__(self, mapper: DatasetMapper, name: str = ""):
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any], name: str = ""):
         """Wrap a mapper.
 
         Args:

@@ -6,6 +6,7 @@ training's seed and n alone: workers, processes and evaluations in between chang
 
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,6 +19,10 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import build_batch_data_loader
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Sample = tuple[int, int]  # its number in this process's part of the stream, its image's index
 Mapper = Callable[[dict[str, Any]], Any]
@@ -176,10 +181,60 @@ class ResumableLoader:
         return sorted(waiting[False] + waiting[True]), taken
 
 
+class EndlessLoader:
+    """Batches of any other loader, epoch after epoch; a resumed training starts it from the front.
+
+    Attributes:
+        seed: of what is random in the steps; the loader's own randomness does not follow it.
+        start_iter: not used.
+    """
+
+    def __init__(self, loader: Iterable[list[Any]], seed: int):
+        """Keep the loader.
+
+        Args:
+            loader: gives batches of training examples; with or without an end.
+            seed: SEED of the config.
+        """
+        self.seed = seed if seed >= 0 else comm.shared_random_seed()
+        self.start_iter = 0
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        while True:
+            batch = None
+            for batch in self._loader:
+                yield batch
+            if batch is None:
+                raise UserError("the training loader has no batch left; give one that can repeat")
+
+
+Loader = ResumableLoader | EndlessLoader
+
+
+def as_loader(loader: Iterable[list[Any]], seed: int) -> Loader:
+    """A loader with a seed, whatever a subclass's ``build_train_loader`` has made.
+
+    Args:
+        loader: gives batches of training examples.
+        seed: SEED of the config.
+
+    Returns:
+        the loader itself, or an :class:`EndlessLoader`, with a warning.
+    """
+    if isinstance(loader, ResumableLoader):
+        return loader
+    logger.warning(
+        "the training loader can't go on where it stopped: a resumed training starts it from the "
+        "front (build_train_loader of iou_balanced_d2's Trainer takes a mapper instead)"
+    )
+    return EndlessLoader(loader, seed)
+
+
 class SeedState:
     """The seed of the data's stream as a checkpointable, for SEED -1: detectron2 draws one then."""
 
-    def __init__(self, loader: ResumableLoader, seed: int):
+    def __init__(self, loader: Loader, seed: int):
         """Set whose seed it is.
 
         Args:

@@ -16,13 +16,14 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .conversion import map_files, register_converted, source_digest, stamp
+from .formats import hint_for_folder
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -102,16 +103,8 @@ class VocSource:
         classes = self.classes or sorted({o[0] for scene in read for o in scene.objects})
         if not classes:
             raise UserError(f"{self.folder}: no object in any annotation")
-        content: dict[str, Any] = {
-            "info": {},
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
-        }
-        ids = {name: i for i, name in enumerate(classes, start=1)}
-        for xml, image in entries:
-            _add_image(content, image, scenes[xml], ids, os.path.join(self.folder, xml))
-        return content
+        found = [(os.path.join(self.folder, xml), image, scenes[xml]) for xml, image in entries]
+        return voc_content(found, classes)
 
     def _entries(self) -> list[tuple[str, str]]:
         """(annotation, image) of each image of the splits, relative to the folder."""
@@ -134,9 +127,11 @@ def _list_folder(path: str) -> list[str]:
         # ("._photo.jpg" is what macOS leaves beside "photo.jpg" on foreign disks.)
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
+        hint = hint_for_folder(os.path.dirname(path)) or (
+            " (VOC itself is looked for in $DETECTRON2_DATASETS)"
+        )
         raise UserError(
-            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages "
-            "(VOC itself is looked for in $DETECTRON2_DATASETS)"
+            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages{hint}"
         ) from error
 
 
@@ -244,6 +239,34 @@ def _number(element: ET.Element, tag: str, path: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{path}: <{tag}> must be a number, got {text!r}")
     return int(value) if value.is_integer() else value
+
+
+def voc_content(
+    scenes: Iterable[tuple[str, str, VocImage]], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Annotated images in COCO's format, with ``difficult``; images are numbered from 1.
+
+    Args:
+        scenes: the annotation file, which errors name, the image's file name, and what
+            :func:`parse_voc_xml` gave.
+        classes: in their order.
+
+    Returns:
+        COCO's content.
+
+    Raises:
+        UserError: if an object is of another class.
+    """
+    ids = {name: i for i, name in enumerate(classes, start=1)}
+    content: dict[str, Any] = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for name, i in ids.items()],
+    }
+    for path, image, scene in scenes:
+        _add_image(content, image, scene, ids, path)
+    return content
 
 
 def _add_image(

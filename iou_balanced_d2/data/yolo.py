@@ -21,11 +21,13 @@ import yaml
 from PIL import Image
 
 from ..errors import UserError
+from . import images
 from .conversion import map_all, register_converted, source_digest, stamp
+from .formats import hint_for_folder
+from .images import shown_size
 from .voc import IMAGE_SUFFIXES
 
-_CODE = source_digest(__file__)
-_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
+_CODE = source_digest(__file__, images.__file__)
 # A share may be this far outside of 0 to 1 by rounding; clipped.
 _TOLERANCE = 0.01
 
@@ -119,7 +121,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+        hint = hint_for_folder(path if os.path.isdir(path) else os.path.dirname(path))
+        raise UserError(f"{path}: can't be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -191,13 +194,20 @@ def _resolve(place: str, content: dict[str, Any], path: str) -> Path:
 
 def _list_place(place: Path) -> list[str]:
     if place.is_file():  # a list of images, relative to itself
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
+        lines = _text(place).splitlines()
         return [os.path.normpath(place.parent / line.strip()) for line in lines if line.strip()]
     return [
         str(file)
         for file in place.rglob("*")
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read as text: {error}") from error
 
 
 def label_file(image: str) -> str:
@@ -214,20 +224,14 @@ def _read_image(num_classes: int, image: str) -> tuple[int, int, list[tuple[int,
     """An image's width, height and objects (class index, XYWH box in pixels)."""
     try:
         with Image.open(image) as file:
-            width, height = file.size
-            if file.getexif().get(_ORIENTATION, 1) in _TURNED:
-                width, height = height, width
+            width, height = shown_size(file)
     except Exception as error:  # PIL raises SyntaxError and others on broken files
         raise UserError(f"{image}: can't be read: {' '.join(str(error).split())}") from error
     path = label_file(image)
     if not os.path.exists(path):
         return width, height, []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
     objects = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_text(Path(path)).splitlines(), start=1):
         if line.strip():
             label, (x1, y1, x2, y2) = _parse_line(line, f"{path}, line {number}", num_classes)
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]

@@ -22,8 +22,10 @@ from .config import flatten
 
 # Keys that may differ from host to host.
 _OWN_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
-# Where each entry of these keys has its paths.
-_OWN_PATHS = {"DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,)}
+# The place of the paths in each entry of these keys.
+_OWN_PATHS = {
+    "DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,), "DATASETS.YOLO_FOLDER": (1,),
+}  # fmt: skip
 _SHOWN = 3  # differences named in a message
 
 

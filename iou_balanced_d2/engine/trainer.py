@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data import prepare_dataset
 from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
-from ..data.resumable_loader import ResumableLoader, SeedState, seed_step
+from ..data.resumable_loader import Mapper, ResumableLoader, SeedState, as_loader, seed_step
 from ..errors import UserError
 from ..evaluation import BoxEvaluator
 from ..files import remove_unfinished, write_atomically
@@ -63,7 +63,7 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self.loader = self.build_train_loader(cfg)
+        self.loader = as_loader(self.build_train_loader(cfg), cfg.SEED)
         # PyTorch is about to rename it.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         gpus = [torch.cuda.current_device()] if cfg.MODEL.DEVICE.startswith("cuda") else None
@@ -236,13 +236,23 @@ class Trainer(DefaultTrainer):
         return chosen
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+    def build_train_loader(
+        cls, cfg: CfgNode, mapper: Mapper | None = None
+    ) -> Iterable[list[dict[str, Any]]]:
         """A loader that resumes and leaves out bad boxes; its errors name the image.
+
+        Args:
+            cfg: the full config.
+            mapper: makes a training example of a dataset dict; default: detectron2's, or that of
+                the detector.
+
+        Returns:
+            batches; a subclass may return any other loader.
 
         Raises:
             UserError: if another process has other data.
         """
-        mapper = CheckedMapper(build_mapper(cfg, is_train=True))
+        mapper = CheckedMapper(mapper or build_mapper(cfg, is_train=True))
         dicts = load_training_dicts(cfg)
         check_same_data(dicts)
         return ResumableLoader(cfg, dicts, mapper, init_worker=outlive_in_worker)

@@ -203,9 +203,11 @@ def test_what_cant_be_understood_is_refused_with_its_place(content, tmp_path, ch
     ("other", "hint"),
     [
         ([{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}], "these are detections"),
-        ({"shapes": [], "imagePath": "1.png"}, "labelme"),
+        ({"shapes": [], "imagePath": "1.png"}, "convert_dataset.py labelme FOLDER"),
         ([{"data": {}, "annotations": []}], "Label Studio"),
-        ({"_via_img_metadata": {}}, "VGG"),
+        ({"_via_img_metadata": {}}, "convert_dataset.py via FILE"),
+        ({"a.jpg12": {"filename": "a.jpg", "regions": []}}, "convert_dataset.py via FILE"),
+        ({"categories": {}, "items": []}, "Datumaro"),
         ([], ""),
         (3, ""),
     ],

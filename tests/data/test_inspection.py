@@ -15,10 +15,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
 
+from iou_balanced_d2.data.anchors import anchor_recall, best_anchor_iou
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
 from iou_balanced_d2.data.inspection import (
-    anchor_recall,
-    best_anchor_iou,
     inspect_annotations,
     inspect_images,
 )

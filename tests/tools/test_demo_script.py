@@ -117,6 +117,23 @@ def test_missing_and_broken_files_are_named_and_skipped(run_fast, tmp_path, caps
     assert "4 file(s) could not be read" in error
 
 
+def test_strips_deep_and_huge_pictures(run_fast, demo, tmp_path, capsys, monkeypatch):
+    """Long ones are drawn within bounds; what would be misread is named."""
+    cv2.imwrite(str(tmp_path / "long.png"), np.full((3000, 8, 3), 40, np.uint8))
+    cv2.imwrite(str(tmp_path / "strip.png"), np.full((1, 5000, 3), 40, np.uint8))
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((64, 64), 40_000, np.uint16))
+    assert run_fast("--input", "long.png", "strip.png", "deep.png") == 1
+    assert [p.name for p in (tmp_path / "found").iterdir()] == ["long.png"]
+    assert max(cv2.imread(str(tmp_path / "found/long.png")).shape) <= demo.MAX_SIDE
+    error = capsys.readouterr().err
+    assert "strip.png: skipped: image so long and narrow" in error
+    assert "deep.png: skipped: image of 16 bit" in error
+    monkeypatch.setattr(demo, "MAX_SIDE", 50)
+    assert run_fast("--input", "images/0.png") == 0
+    assert cv2.imread(str(tmp_path / "found/0.png")).shape == (50, 50, 3)
+    assert "images/0.png: drawn with a side of 50 pixels" in capsys.readouterr().err
+
+
 def write_video(file, frames=5):
     writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 10, (320, 240))
     for i in range(frames):

@@ -1,0 +1,171 @@
+"""Whether a detector's anchors can meet a data set's boxes, and what would help."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_anchor_generator, build_backbone
+from numpy.typing import NDArray
+
+_MOST_ASKED = 20_000  # boxes; a share of so many is right within one percent
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """A RetinaNet's anchors: shapes that stand at every cell of a grid.
+
+    Attributes:
+        levels: (stride in pixels, (A, 2) float widths and heights) of each pyramid level.
+        offset: place in its cell of an anchor's centre, in cells.
+        divisor: images are padded to a multiple of it.
+    """
+
+    levels: list[tuple[int, NDArray[Any]]]
+    offset: float
+    divisor: int
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "AnchorGrid":
+        """The anchors of a config; this builds its backbone, without memory for the weights."""
+        with torch.device("meta"):
+            shapes = build_backbone(cfg).output_shape()
+        features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        generator = build_anchor_generator(cfg, features)
+        cells = [(cell[:, 2:] - cell[:, :2]).numpy() for cell in generator.cell_anchors]
+        levels = list(zip(generator.strides, cells, strict=True))
+        return cls(levels, generator.offset, max(feature.stride for feature in features))
+
+
+def anchor_recall(
+    cfg: CfgNode,
+    content: dict[str, Any],
+    *,
+    anchors: AnchorGrid | None = None,
+    image_scale: float = 1.0,
+    anchor_scale: float = 1.0,
+) -> float:
+    """Share of the ground truth that gets an anchor at the config's anchors and image size.
+
+    "Gets an anchor": one anchor's IoU with the box is at least the upper one of
+    MODEL.RETINANET.IOU_THRESHOLDS. (The others are matched to their best anchor all the same, but
+    to that one only, however bad it is.)
+
+    Args:
+        cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
+        content: clean, see :func:`read_coco_json`.
+        anchors: those of the config, if they are at hand.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
+
+    Returns:
+        share in [0, 1]; NaN without any box.
+    """
+    best = best_anchor_iou(
+        cfg, content, anchors=anchors, image_scale=image_scale, anchor_scale=anchor_scale
+    )
+    if not len(best):
+        return math.nan
+    return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
+
+
+def best_anchor_iou(
+    cfg: CfgNode,
+    content: dict[str, Any],
+    *,
+    anchors: AnchorGrid | None = None,
+    image_scale: float = 1.0,
+    anchor_scale: float = 1.0,
+) -> NDArray[np.float64]:
+    """Each object's IoU with its best anchor.
+
+    An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
+    shape only the one nearest to the box has to be looked at, not all of the grid.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+        anchors: those of the config, if they are at hand.
+        image_scale: what the config's image sizes are multiplied by.
+        anchor_scale: what its anchors' sizes are multiplied by.
+
+    Returns:
+        (G,) in [0, 1], of the objects that have an area and are no crowds.
+    """
+    boxes, size = _scaled_boxes(cfg, content, image_scale)
+    best = np.zeros(len(boxes))
+    if not len(boxes):
+        return best
+    grid = anchors or AnchorGrid.of(cfg)
+    padded = np.ceil(size / grid.divisor) * grid.divisor
+    centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    for stride, shapes in grid.levels:
+        last = np.ceil(padded / stride) - 1
+        start = grid.offset * stride
+        place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
+        for anchor in shapes * anchor_scale:
+            overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
+                place - anchor / 2, centre - extent / 2
+            )
+            common = overlap.clip(min=0).prod(axis=1)
+            np.maximum(best, common / (extent.prod(axis=1) + anchor.prod() - common), out=best)
+    return best
+
+
+def _scaled_boxes(
+    cfg: CfgNode, content: dict[str, Any], image_scale: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Boxes (G, 4) XYXY and width and height (G, 2) of their images, as resized for training."""
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    shortest = round(sizes[len(sizes) // 2] * image_scale)
+    longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
+    resized = {
+        image["id"]: (
+            image,
+            ResizeShortestEdge.get_output_shape(image["height"], image["width"], shortest, longest)[
+                ::-1
+            ],
+        )
+        for image in content["images"]
+    }
+    boxes, size, original = [], [], []
+    for a in content["annotations"]:
+        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]:
+            image, new_size = resized[a["image_id"]]
+            boxes.append(a["bbox"])
+            size.append(new_size)
+            original.append((image["width"], image["height"]))
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    return xyxy * np.tile(new / old, 2), new
+
+
+def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
+    """What larger images and smaller (or larger) anchors would do for :func:`anchor_recall`.
+
+    Args:
+        cfg: config of a RetinaNet.
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        one line.
+    """
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    shortest = sizes[len(sizes) // 2]
+    step = max(1, len(content["annotations"]) // _MOST_ASKED)
+    sample = {**content, "annotations": content["annotations"][::step]}
+    recall = partial(anchor_recall, cfg, sample, anchors=AnchorGrid.of(cfg))
+    larger = {s: recall(image_scale=s) for s in (1.5, 2.0)}
+    others = {s: recall(anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
+    best = max(others, key=lambda scale: others[scale])
+    images = ", ".join(
+        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
+    )
+    return (
+        f"it would be {images}, and {others[best]:.0%} with MODEL.ANCHOR_GENERATOR.SIZES x {best:g}"
+    )
