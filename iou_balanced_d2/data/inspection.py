@@ -178,7 +178,7 @@ def _box_problems(
         for i in np.flatnonzero(mask):
             annotation = annotations[i]
             name = images[annotation["image_id"]]["file_name"]
-            yield kind, f"{name}, annotation {annotation['id']}: box {annotation['bbox']}"
+            yield kind, f"{name!r}, annotation {annotation['id']!r}: box {annotation['bbox']}"
 
 
 def _bad_boxes(boxes: NDArray[Any], size: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
