@@ -182,6 +182,6 @@ def test_installed_it_works_from_an_empty_folder(
     assert lazy == str(zoo / "configs/lazy/toy.py")
     assert toy == str(zoo / "projects/Toy/configs/toy.yaml")
     assert (ssd, fcos) == ("IoUBalancedSSD", "IoUBalancedFCOS")
-    assert described.startswith("CLS_ETA: 1.5\n    eta of eq. 2")
+    assert "CLS_ETA: 1.5\n    eta of eq. 2" in described
     assert "\nMODEL.SSD.SIZE: 300\n" in described
     assert not list(empty.iterdir())
