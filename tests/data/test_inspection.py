@@ -63,7 +63,7 @@ def test_bad_annotations_are_found_and_named(content, problem, change):
     report = inspect_annotations(clean_coco(content))
     assert list(report.problems) == [problem]
     (where,) = report.problems[problem]
-    assert ("1.png, annotation 2:" if "bbox" in change else "annotations[1] (id 2): ") in where
+    assert ("'1.png', annotation 2:" if "bbox" in change else "annotations[1] (id 2): ") in where
 
 
 def test_boxes_a_rounding_error_outside_are_fine(content):

@@ -36,7 +36,7 @@ def test_bad_boxes_are_named_and_left_out(tmp_path, own_config):
     code, out, err = run("--config-file", own_config, "SOLVER.MAX_ITER", 1, cwd=tmp_path)
     assert code == 0, err
     assert "1 boxes of no area or outside" in out
-    assert "3.png, annotation 4: box [5, 5, 0, 7]" in out + err
+    assert "'3.png', annotation 4: box [5, 5, 0, 7]" in out + err
 
 
 def test_unknown_categories_are_an_error(tmp_path, own_config):
