@@ -4,13 +4,13 @@ Shapes: logits (M, K) for M anchors and K classes; P positives among them.
 
 Almost every one of the M * K logits is a negative. So one pass computes the background terms of all
 logits, summed row by row, and their gradient; then the few rows that hold a positive are computed
-anew and the ignored rows set to 0. There is no one-hot target and no masked copy. Nothing is
-subtracted, so no rounding error of a large term remains.
+anew, with the term of its own class put in, and the ignored rows set to 0. There is no one-hot
+target and no masked copy. Nothing is subtracted, so no rounding error of a large term remains.
 """
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -41,15 +41,26 @@ class FocalTargets(NamedTuple):
     ignored: Tensor
 
 
+class OwnTerms(NamedTuple):
+    """The terms of the positives' own entries, each at its row and class. Both are constants.
+
+    Attributes:
+        loss: (P,) float.
+        grad: (P,) float, derivative of each term with respect to its logit.
+    """
+
+    loss: Tensor
+    grad: Tensor
+
+    def times(self, weights: Tensor) -> "OwnTerms":
+        """The terms times weights (P,)."""
+        return OwnTerms(self.loss * weights, self.grad * weights)
+
+
 def focal_targets(labels: Tensor, num_classes: int) -> FocalTargets:
     """Read labels (M,) int64 (class index; K = background, -1 = ignored) into index form."""
     rows = ((labels >= 0) & (labels != num_classes)).nonzero().squeeze(1)
     return FocalTargets(rows, labels[rows], (labels < 0).nonzero().squeeze(1))
-
-
-def _class_factors(alpha: float) -> tuple[float, float]:
-    """Factors of the positive and the negative terms; both are 1 for a negative alpha."""
-    return (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
 def _background_terms(
@@ -71,39 +82,22 @@ def _background_terms(
     return modulator.mul_(s)
 
 
-def _positive_terms(x: Tensor, factor: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Focal loss of logits x (P,) towards target 1, and its derivative.
+def focal_terms(logits: Tensor, *, factor: float, gamma: float) -> OwnTerms:
+    """Focal terms of logits (P,) towards target 0: factor * p^gamma * CE(p, 0)."""
+    grad = torch.empty_like(logits)
+    buffers = logits.new_empty(3, *logits.shape)
+    return OwnTerms(_background_terms(logits, factor, gamma, buffers, grad), grad)
 
-    The mirror of the background: target 1 at x is target 0 at -x.
-    """
-    grad = torch.empty_like(x)
-    loss = _background_terms(-x, factor, gamma, x.new_empty(3, *x.shape), grad)
-    return loss, -grad
+
+def _mirrored_focal_terms(logits: Tensor, iou: Tensor, *, factor: float, gamma: float) -> OwnTerms:
+    """Focal terms of logits (P,) towards target 1, which is target 0 at the negated logits."""
+    loss, grad = focal_terms(-logits, factor=factor, gamma=gamma)
+    return OwnTerms(loss, -grad)
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     """Arithmetic is in float32, also for half-precision logits; float64 stays as it is."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-@torch.no_grad()
-def positive_focal_loss(
-    logits: Tensor, targets: FocalTargets, *, alpha: float, gamma: float
-) -> Tensor:
-    """The positives' own focal terms, CE_i of eq. 2, without gradient.
-
-    Args:
-        logits: (M, K) float.
-        targets: the positives of these logits.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
-            neither is weighted.
-        gamma: focusing power >= 0.
-
-    Returns:
-        (P,) float32 (float64 for float64 logits).
-    """
-    x = logits[targets.rows, targets.classes].to(_compute_dtype(logits))
-    return _positive_terms(x, _class_factors(alpha)[0], gamma)[0]
 
 
 def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor | None) -> Tensor:
@@ -130,29 +124,25 @@ def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor |
     return sums
 
 
-def _focal_sum(
-    logits: Tensor, targets: FocalTargets, weights: Tensor, alpha: float, gamma: float, grad: bool
+def _dense_sum(
+    logits: Tensor, targets: FocalTargets, own: OwnTerms, factor: float, gamma: float, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum and, if asked for, its derivative with respect to logits (M, K)."""
-    dtype = _compute_dtype(logits)
     rows, classes, ignored = targets
-    positive_factor, negative_factor = _class_factors(alpha)
     # Not float16: unscaled gradients would underflow there.
     out_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
     out = torch.empty(logits.shape, dtype=out_dtype, device=logits.device) if grad else None
-    sums = _background_rows(logits.detach(), negative_factor, gamma, out)
+    sums = _background_rows(logits.detach(), factor, gamma, out)
 
-    x = logits[rows].to(dtype)  # (P, K)
-    own = classes[:, None]
-    loss, loss_grad = _positive_terms(x.gather(1, own), positive_factor, gamma)
-    terms = _background_terms(x, negative_factor, gamma, x.new_empty(3, *x.shape))
-    sums[rows] = terms.scatter(1, own, weights[:, None].to(dtype) * loss).sum(dim=1)
+    x = logits[rows].to(sums.dtype)  # (P, K)
+    terms = _background_terms(x, factor, gamma, x.new_empty(3, *x.shape))
+    sums[rows] = terms.scatter(1, classes[:, None], own.loss[:, None].to(sums.dtype)).sum(dim=1)
     sums[ignored] = 0
     if out is not None:
-        out[rows, classes] = (weights * loss_grad.squeeze(1)).to(out.dtype)
+        out[rows, classes] = own.grad.to(out.dtype)
         out[ignored] = 0
     # In float64, so that the order of 10^5 and more rows does not change the result.
-    return sums.double().sum().to(dtype), out
+    return sums.double().sum().to(sums.dtype), out
 
 
 @functools.cache
@@ -166,7 +156,7 @@ def _triton_kernels() -> ModuleType | None:
         from . import focal_triton
 
         row = torch.zeros(1, dtype=torch.int64, device="cuda")
-        focal_triton.focal_sum(row[:, None].float(), row, row, row[:0], row.float(), 0.25, 2.0)
+        focal_triton.background_sum(row[:, None].float(), row, row, row[:0], 0.75, 2.0)
     except Exception as error:  # compilers and drivers raise many kinds
         logger.warning(f"Focal loss without Triton, in plain torch: {error!r}")
         return None
@@ -179,8 +169,8 @@ def _kernels_for(logits: Tensor) -> ModuleType | None:
     return None
 
 
-class _WeightedFocalSum(torch.autograd.Function):
-    """The scalar loss of :func:`weighted_focal_sum`.
+class _DenseSum(torch.autograd.Function):
+    """The scalar loss of one level; see :class:`DenseLoss`.
 
     On the CPU, where the arithmetic costs most, the forward pass makes the gradient too. On a GPU,
     where memory traffic does, the backward pass computes it from the logits.
@@ -191,57 +181,105 @@ class _WeightedFocalSum(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         targets: FocalTargets,
-        weights: Tensor,
-        alpha: float,
+        own: OwnTerms,
+        factor: float,
         gamma: float,
     ) -> Tensor:
         logits = logits.contiguous()
-        ctx.save_for_backward(logits, weights, *targets)
-        ctx.hyper, ctx.grad = (alpha, gamma), None
+        ctx.save_for_backward(logits, *own, *targets)
+        ctx.hyper, ctx.grad = (factor, gamma), None
         if kernels := _kernels_for(logits):
-            return kernels.focal_sum(logits, *targets, weights, alpha, gamma)
-        total, ctx.grad = _focal_sum(
-            logits, targets, weights, alpha, gamma, grad=ctx.needs_input_grad[0]
+            background = kernels.background_sum(logits, *targets, factor, gamma)
+            return (background + own.loss.double().sum()).float()
+        total, ctx.grad = _dense_sum(
+            logits, targets, own, factor, gamma, grad=ctx.needs_input_grad[0]
         )
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, weights, *saved = ctx.saved_tensors
-        targets, (alpha, gamma) = FocalTargets(*saved), ctx.hyper
+        logits, *saved = ctx.saved_tensors
+        own, targets, (factor, gamma) = OwnTerms(*saved[:2]), FocalTargets(*saved[2:]), ctx.hyper
         # The gradient is scaled in place, without a second tensor of the logits' size. Only a
         # second backward through a retained graph computes it again.
         grad, ctx.grad = ctx.grad, None
+        if grad is None and (kernels := _kernels_for(logits)):
+            grad = kernels.background_grad(logits, *targets, factor, gamma, grad_output)
+            grad[targets.rows, targets.classes] = (own.grad * grad_output).to(grad.dtype)
+            return grad, None, None, None, None
         if grad is None:
-            if kernels := _kernels_for(logits):
-                args = (logits, *targets, weights, alpha, gamma, grad_output)
-                return kernels.focal_grad(*args), None, None, None, None
-            grad = _focal_sum(logits, targets, weights, alpha, gamma, grad=True)[1]
+            grad = _dense_sum(logits, targets, own, factor, gamma, grad=True)[1]
             assert grad is not None
         return grad.mul_(grad_output).to(logits.dtype), None, None, None, None
 
 
-def weighted_focal_sum(
-    logits: Tensor, targets: FocalTargets, weights: Tensor, *, alpha: float, gamma: float
-) -> Tensor:
-    """Sum of the sigmoid focal loss with a constant weight for each positive, eq. 1.
+class DenseLoss(NamedTuple):
+    """A sigmoid loss of all logits whose terms are focal ones of target 0, but for the positives'.
 
-    Only the entry of a positive's own class is weighted; its other K - 1 entries are negatives
-    of weight 1, as in the author's code.
+    Of a positive only the entry of its own class differs; its other K - 1 entries are negatives, as
+    in the author's code.
+
+    Attributes:
+        factor: of the negatives' terms, factor * p^gamma * CE(p, 0).
+        gamma: focusing power >= 0 of the negatives' terms.
+        terms_of: (P,) own logits, float32 or float64, and (P,) IoU to the :class:`OwnTerms`.
+    """
+
+    factor: float
+    gamma: float
+    terms_of: Callable[[Tensor, Tensor], OwnTerms]
+
+    @torch.no_grad()
+    def own_terms(
+        self, logits: Sequence[Tensor], targets: Sequence[FocalTargets], iou: Tensor
+    ) -> OwnTerms:
+        """The terms of the positives of all levels; their loss is CE_i of eq. 2.
+
+        Args:
+            logits: L tensors (M, K) float of any precision.
+            targets: L targets of these logits.
+            iou: (P,) float, IoU of the positives' decoded boxes, in the order of their rows.
+
+        Returns:
+            the terms, float32 (float64 for float64 logits).
+        """
+        pairs = zip(logits, targets, strict=True)
+        x = torch.cat([level[target.rows, target.classes] for level, target in pairs])
+        x = x.to(_compute_dtype(x))
+        return self.terms_of(x, iou.to(x.dtype))
+
+    def sum(
+        self, logits: Sequence[Tensor], targets: Sequence[FocalTargets], own: OwnTerms
+    ) -> Tensor:
+        """The loss, eq. 1 if the own terms are weighted by eq. 2.
+
+        Args:
+            logits: L tensors (M, K) float of any precision; the arithmetic is float32 (or float64).
+            targets: L targets of these logits.
+            own: terms of the positives of all levels.
+
+        Returns:
+            Scalar sum, float32 (float64 for float64 logits).
+        """
+        sizes = [len(target.rows) for target in targets]
+        own_of_levels = map(OwnTerms, own.loss.split(sizes), own.grad.split(sizes))
+        levels = zip(logits, targets, own_of_levels, strict=True)
+        return torch.stack(
+            [_DenseSum.apply(*level, self.factor, self.gamma) for level in levels]
+        ).sum()
+
+
+def focal_loss(alpha: float, gamma: float) -> DenseLoss:
+    """The sigmoid focal loss (:paper:`RetinaNet`).
 
     Args:
-        logits: (M, K) float of any precision; the arithmetic is float32 (or float64).
-        targets: positives and ignored rows of these logits.
-        weights: (P,) float without gradient, in the order of ``targets.rows``.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
-            neither is weighted.
+        alpha: weight of the positives; 1 - alpha of the negatives. Below 0 both weigh 1.
         gamma: focusing power >= 0.
-
-    Returns:
-        Scalar sum, float32 (float64 for float64 logits).
     """
-    return _WeightedFocalSum.apply(logits, targets, weights, alpha, gamma)
+    positive, negative = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+    terms_of = functools.partial(_mirrored_focal_terms, factor=positive, gamma=gamma)
+    return DenseLoss(negative, gamma, terms_of)
 
 
 def sigmoid_focal_loss(
@@ -252,15 +290,15 @@ def sigmoid_focal_loss(
     Args:
         logits: (M, K) float.
         labels: (M,) int64 class index; K is background, -1 ignored.
-        alpha: weight of the positives; 1 - alpha of the negatives. Below 0 neither is weighted.
+        alpha: weight of the positives; 1 - alpha of the negatives. Below 0 both weigh 1.
         gamma: focusing power >= 0.
 
     Returns:
         Scalar sum, not yet divided by the number of positives.
     """
-    targets = focal_targets(labels, logits.shape[1])
-    ones = logits.new_ones(len(targets.rows), dtype=_compute_dtype(logits))
-    return weighted_focal_sum(logits, targets, ones, alpha=alpha, gamma=gamma)
+    targets, loss = [focal_targets(labels, logits.shape[1])], focal_loss(alpha, gamma)
+    no_iou = logits.new_empty(len(targets[0].rows))  # the focal loss does not read it
+    return loss.sum([logits], targets, loss.own_terms([logits], targets, no_iou))
 
 
 def iou_balanced_sigmoid_focal_loss(
@@ -279,8 +317,8 @@ def iou_balanced_sigmoid_focal_loss(
         logits: (M, K) float.
         labels: (M,) int64 class index; K is background, -1 ignored.
         iou: (P,) float, IoU of the positives' decoded boxes, in the order of their rows.
-        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0
-            neither is weighted.
+        alpha: weight of the positives in the focal loss; 1 - alpha of the negatives. Below 0 both
+            weigh 1.
         gamma: focusing power >= 0.
         eta: power >= 0 of eq. 2; 0 is the plain focal loss.
         group: (P,) int64 or None, see :func:`iou_balanced_cls_weights`.
@@ -291,7 +329,7 @@ def iou_balanced_sigmoid_focal_loss(
     Raises:
         ValueError: if iou has not one entry for each positive, or eta is negative.
     """
-    targets = focal_targets(labels, logits.shape[1])
-    cls_loss = positive_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
-    weights = iou_balanced_cls_weights(iou.to(cls_loss.dtype), cls_loss, eta=eta, group=group)
-    return weighted_focal_sum(logits, targets, weights, alpha=alpha, gamma=gamma)
+    targets, loss = [focal_targets(labels, logits.shape[1])], focal_loss(alpha, gamma)
+    own = loss.own_terms([logits], targets, iou)
+    weights = iou_balanced_cls_weights(iou, own.loss, eta=eta, group=group)
+    return loss.sum([logits], targets, own.times(weights))

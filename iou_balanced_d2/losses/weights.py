@@ -92,7 +92,8 @@ def iou_balanced_cls_weights(
         ValueError: if shapes differ or eta is negative.
     """
     # In the loss's type: the scale of float64 losses can be beyond float32, and inf * 0 is NaN.
-    powered = _powered(iou.to(cls_loss.dtype), "eta", eta)
+    iou = iou.to(cls_loss.dtype)
+    powered = _powered(iou, "eta", eta)
     if sums is None:
         sums = plain_and_balanced_sums(iou, cls_loss, power=eta, group=group)
     scale = _sum_keeping_scale(sums[0].to(powered.dtype), sums[1].to(powered.dtype))

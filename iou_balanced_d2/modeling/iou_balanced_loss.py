@@ -17,7 +17,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
 from ..losses import LossOptions, iou_balanced_cls_weights
-from ..losses.focal import positive_focal_loss, weighted_focal_sum
+from ..losses.focal import focal_loss
 from ..losses.options import check_plain_losses
 from ..losses.soft_targets import SOFT_TARGET_LOSSES
 from ..losses.weights import plain_and_balanced_sums
@@ -98,8 +98,11 @@ class IoUBalancedLoss(nn.Module):
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.options = options or LossOptions()
-        self.focal_loss_alpha = focal_loss_alpha
-        self.focal_loss_gamma = focal_loss_gamma
+        if self.options.cls_loss == "iou_balanced":
+            self.cls_loss = focal_loss(focal_loss_alpha, focal_loss_gamma)
+            self.cls_eta = self.options.cls_eta
+        else:  # a rival has the IoU in its targets, and weights of 1
+            self.cls_loss, self.cls_eta = SOFT_TARGET_LOSSES[self.options.cls_loss], 0.0
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.w_loc_measurement = WLocMeasurement(self.options)
@@ -149,29 +152,20 @@ class IoUBalancedLoss(nn.Module):
         deltas = gather_rows(pred_anchor_deltas, positives).float()
         iou = self._regressed_iou(deltas, anchor, gt)
         loc_loss = self._loc_loss(deltas, anchor, gt)
-        cls_loss = self._positive_cls_loss(flat_logits, positives)
-        sums = self._sums(iou, cls_loss, loc_loss.detach())
+        own = self.cls_loss.own_terms(flat_logits, positives.targets, iou)
+        sums = self._sums(iou, own.loss, loc_loss.detach())
         if torch.is_grad_enabled():
             sums = _mean_over_processes(self._measured_at_anchors(sums, anchor, gt))
             self._update_state(sums)
             self._log(sums, num_images=len(gt_labels), num_pos=positives.num)
 
+        cls_weights = iou_balanced_cls_weights(
+            iou, own.loss, eta=self.cls_eta, **self._scope(positives, sums)
+        )
         loc_weights = self.w_loc_measurement.weights(iou)
-        if self.options.cls_loss == "iou_balanced":
-            scope = self.options.cls_norm_scope
-            cls_weights = iou_balanced_cls_weights(
-                iou,
-                cls_loss,
-                eta=self.options.cls_eta,
-                group={"level": positives.level, "image": positives.image}.get(scope),
-                sums=(sums.cls, sums.cls_balanced) if scope == "global" else None,
-            )
-            loss_cls = self._cls_loss(flat_logits, positives, cls_weights)
-        else:
-            cls_weights = torch.ones_like(iou)
-            loss_cls = self._soft_target_loss(flat_logits, positives, iou)
         if self.observer is not None:
             self.observer({"pos_iou": iou, "cls_weight": cls_weights, "loc_weight": loc_weights})
+        loss_cls = self.cls_loss.sum(flat_logits, positives.targets, own.times(cls_weights))
         losses = {
             "loss_cls": self.options.cls_loss_weight * loss_cls,
             "loss_box_reg": self.options.bbox_reg_loss_weight * (loc_loss * loc_weights).sum(),
@@ -179,6 +173,13 @@ class IoUBalancedLoss(nn.Module):
         }
         divisor = self._divisor(sums).to(loss_cls.dtype)
         return {name: loss / divisor for name, loss in losses.items()}
+
+    def _scope(self, positives: Positives, sums: _Sums) -> dict[str, Any]:
+        """CLS_NORM_SCOPE as arguments of :func:`iou_balanced_cls_weights`."""
+        scope = self.options.cls_norm_scope
+        if scope == "global":
+            return {"sums": (sums.cls, sums.cls_balanced)}
+        return {"group": getattr(positives, scope)} if scope in ("level", "image") else {}
 
     @torch.no_grad()
     def _regressed_iou(self, deltas: Tensor, anchor: Tensor, gt: Tensor) -> Tensor:
@@ -203,38 +204,10 @@ class IoUBalancedLoss(nn.Module):
         loss = _BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
         return loss.where(finite, float("nan"))
 
-    def _positive_cls_loss(self, flat_logits: list[Tensor], positives: Positives) -> Tensor:
-        """CE_i of eq. 2 for the P positives, without gradient."""
-        hyper = {"alpha": self.focal_loss_alpha, "gamma": self.focal_loss_gamma}
-        terms = [
-            positive_focal_loss(logits, targets, **hyper)
-            for logits, targets in zip(flat_logits, positives.targets, strict=True)
-        ]
-        return torch.cat(terms)
-
-    def _cls_loss(self, flat_logits: list[Tensor], positives: Positives, weights: Tensor) -> Tensor:
-        """Eq. 1: the focal loss summed over all levels, the positives weighted."""
-        hyper = {"alpha": self.focal_loss_alpha, "gamma": self.focal_loss_gamma}
-        losses = [
-            weighted_focal_sum(logits, targets, level_weights, **hyper)
-            for logits, targets, level_weights in zip(
-                flat_logits, positives.targets, weights.split(positives.per_level), strict=True
-            )
-        ]
-        return torch.stack(losses).sum()
-
-    def _soft_target_loss(
-        self, flat_logits: list[Tensor], positives: Positives, iou: Tensor
-    ) -> Tensor:
-        """The rival of eq. 2 that CLS_LOSS names, summed over all levels."""
-        loss = SOFT_TARGET_LOSSES[self.options.cls_loss]
-        levels = zip(flat_logits, positives.targets, iou.split(positives.per_level), strict=True)
-        return torch.stack([loss.sum(*level) for level in levels]).sum()
-
     @torch.no_grad()
     def _sums(self, iou: Tensor, cls_loss: Tensor, loc_loss: Tensor) -> _Sums:
         iou, cls_loss, loc_loss = iou.double(), cls_loss.double(), loc_loss.double()
-        cls = plain_and_balanced_sums(iou, cls_loss, power=self.options.cls_eta)
+        cls = plain_and_balanced_sums(iou, cls_loss, power=self.cls_eta)
         loc = plain_and_balanced_sums(iou, loc_loss, power=self.options.loc_lambda)
         return _Sums(torch.ones_like(iou).sum(), *cls, *loc, iou.sum())
 
@@ -268,11 +241,10 @@ class IoUBalancedLoss(nn.Module):
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
             scalars = {
                 "mean_pos_iou": sums.iou / sums.num_pos,
+                "cls_scale": sums.cls / sums.cls_balanced,
                 "w_loc": self.w_loc_measurement.w_loc,
                 "loc_mean_weight": self.w_loc_measurement.mean_weight(sums.loc, sums.loc_balanced),
             }
-            if self.options.cls_loss == "iou_balanced":
-                scalars["cls_scale"] = sums.cls / sums.cls_balanced
             for name, value in scalars.items():
                 storage.put_scalar(f"iou_balanced/{name}", value)
 

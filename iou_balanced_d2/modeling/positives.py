@@ -48,7 +48,7 @@ def find_positives(gt_labels: list[Tensor], level_sizes: list[int], num_classes:
         num_classes: number of classes, K.
 
     Returns:
-        the positives. The host waits once for the device, to count and index them.
+        the positives. The host waits twice for the device: to index and to count them.
 
     Raises:
         ValueError: if a label is above K; a GPU would end the process without naming the cause.

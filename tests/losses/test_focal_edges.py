@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
 from iou_balanced_d2.losses import iou_balanced_sigmoid_focal_loss, sigmoid_focal_loss
-from iou_balanced_d2.losses.focal import focal_targets, weighted_focal_sum
+from iou_balanced_d2.losses.focal import focal_loss, focal_targets
 
 from . import numpy_oracle as oracle
 
@@ -113,8 +113,10 @@ def test_random_cases_equal_the_oracle(cases):
     for case in range(cases):
         logits, labels, weights, hyper = draw_case(rng)
         logits.requires_grad_()
-        targets = focal_targets(labels, logits.shape[1])
-        loss = weighted_focal_sum(logits, targets, weights, **hyper)
+        levels = [logits], [focal_targets(labels, logits.shape[1])]
+        dense = focal_loss(**hyper)
+        own = dense.own_terms(*levels, torch.ones_like(weights))
+        loss = dense.sum(*levels, own.times(weights))
         x = logits.detach().double().numpy()
         expected = oracle.focal_sum(x, labels.numpy(), weights=weights.double().numpy(), **hyper)
         loose = logits.dtype != torch.float64
