@@ -170,10 +170,10 @@ def measure(case: Case, names: tuple[str, ...], args: Any) -> dict[str, list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--positives", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--repeats", type=int, default=4, help="rounds that are counted")
     parser.add_argument("--busy", type=int, nargs="*", default=[1, 2, 4], help="busy processes")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()

@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800 if on_gpu else 480)
     parser.add_argument("--width", type=int, default=1333 if on_gpu else 640)
     parser.add_argument("--objects", type=int, default=200, help="in each image")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds that are counted")
-    parser.add_argument("--busy", type=int, nargs="*", default=[2], help="busy processes")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds that are counted")
+    parser.add_argument("--busy", type=int, nargs="*", default=[1], help="busy processes")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()
     cases = [(what, args.objects, 0) for what in ("train", "label_anchors", "infer")]

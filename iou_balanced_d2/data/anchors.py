@@ -1,8 +1,7 @@
 """Whether a detector's anchors can meet a data set's boxes, and what would help."""
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,10 @@ class AnchorGrid:
         levels = list(zip(generator.strides, cells, strict=True))
         return cls(levels, generator.offset, max(feature.stride for feature in features))
 
+    def scaled(self, scale: float) -> "AnchorGrid":
+        """The same grid with anchors ``scale`` times as wide and high."""
+        return replace(self, levels=[(stride, shapes * scale) for stride, shapes in self.levels])
+
 
 def anchor_recall(
     cfg: CfgNode,
@@ -47,7 +50,6 @@ def anchor_recall(
     *,
     anchors: AnchorGrid | None = None,
     image_scale: float = 1.0,
-    anchor_scale: float = 1.0,
 ) -> float:
     """Share of the ground truth that gets an anchor at the config's anchors and image size.
 
@@ -58,56 +60,40 @@ def anchor_recall(
     Args:
         cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
         content: clean, see :func:`read_coco_json`.
-        anchors: those of the config, if they are at hand.
+        anchors: in place of the config's.
         image_scale: what the config's image sizes are multiplied by.
-        anchor_scale: what its anchors' sizes are multiplied by.
 
     Returns:
-        share in [0, 1]; NaN without any box.
+        share in [0, 1] of the :func:`scaled_boxes`; NaN if there are none.
     """
-    best = best_anchor_iou(
-        cfg, content, anchors=anchors, image_scale=image_scale, anchor_scale=anchor_scale
-    )
-    if not len(best):
+    boxes, size = scaled_boxes(cfg, content, image_scale)
+    if not len(boxes):
         return math.nan
+    best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
     return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
 
 
 def best_anchor_iou(
-    cfg: CfgNode,
-    content: dict[str, Any],
-    *,
-    anchors: AnchorGrid | None = None,
-    image_scale: float = 1.0,
-    anchor_scale: float = 1.0,
+    boxes: NDArray[Any], size: NDArray[Any], anchors: AnchorGrid
 ) -> NDArray[np.float64]:
-    """Each object's IoU with its best anchor.
+    """IoU (G,) of each box with its best anchor.
 
     An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
     shape only the one nearest to the box has to be looked at, not all of the grid.
 
     Args:
-        cfg: config of a RetinaNet.
-        content: clean, see :func:`read_coco_json`.
-        anchors: those of the config, if they are at hand.
-        image_scale: what the config's image sizes are multiplied by.
-        anchor_scale: what its anchors' sizes are multiplied by.
-
-    Returns:
-        (G,) in [0, 1], of the objects that have an area and are no crowds.
+        boxes: (G, 4) float, XYXY in pixels, with an area.
+        size: (G, 2), width and height in pixels of each box's image.
+        anchors: of the detector.
     """
-    boxes, size = _scaled_boxes(cfg, content, image_scale)
     best = np.zeros(len(boxes))
-    if not len(boxes):
-        return best
-    grid = anchors or AnchorGrid.of(cfg)
-    padded = np.ceil(size / grid.divisor) * grid.divisor
+    padded = np.ceil(size / anchors.divisor) * anchors.divisor
     centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    for stride, shapes in grid.levels:
+    for stride, shapes in anchors.levels:
         last = np.ceil(padded / stride) - 1
-        start = grid.offset * stride
+        start = anchors.offset * stride
         place = np.clip(np.rint((centre - start) / stride), 0, last) * stride + start
-        for anchor in shapes * anchor_scale:
+        for anchor in shapes:
             overlap = np.minimum(place + anchor / 2, centre + extent / 2) - np.maximum(
                 place - anchor / 2, centre - extent / 2
             )
@@ -116,10 +102,14 @@ def best_anchor_iou(
     return best
 
 
-def _scaled_boxes(
+def scaled_boxes(
     cfg: CfgNode, content: dict[str, Any], image_scale: float
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Boxes (G, 4) XYXY and width and height (G, 2) of their images, as resized for training."""
+    """The objects as resized for training, those that have an area and are no crowds.
+
+    Returns:
+        boxes (G, 4), XYXY in pixels; width and height (G, 2) of their images.
+    """
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     shortest = round(sizes[len(sizes) // 2] * image_scale)
     longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
@@ -159,9 +149,11 @@ def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
     shortest = sizes[len(sizes) // 2]
     step = max(1, len(content["annotations"]) // _MOST_ASKED)
     sample = {**content, "annotations": content["annotations"][::step]}
-    recall = partial(anchor_recall, cfg, sample, anchors=AnchorGrid.of(cfg))
-    larger = {s: recall(image_scale=s) for s in (1.5, 2.0)}
-    others = {s: recall(anchor_scale=s) for s in (0.25, 0.5, 0.75, 1.5, 2.0)}
+    grid = AnchorGrid.of(cfg)
+    larger = {s: anchor_recall(cfg, sample, anchors=grid, image_scale=s) for s in (1.5, 2.0)}
+    others = {
+        s: anchor_recall(cfg, sample, anchors=grid.scaled(s)) for s in (0.25, 0.5, 0.75, 1.5, 2.0)
+    }
     best = max(others, key=lambda scale: others[scale])
     images = ", ".join(
         f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()

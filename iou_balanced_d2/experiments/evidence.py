@@ -6,20 +6,22 @@
      "metrics": {"AP": 31.2, "AP50": 60.1, ..., "AP95": 0.4, "APs": ..., "APm": ..., "APl": ...},
      "classes": {"open": 28.1, ...},           # AP of each class; null where there is no object
      "measured": {"iou_balanced/w_loc": 2.1, "score_iou_correlation": 0.4, ...},
-     "iterations": 450, "seconds": 431.5, "config": "<SHA-256>", "versions": {...},
-     "hardware": {...}}
+     "iterations": 450, "seconds": 431.5,
+     "settings": {"SOLVER.BASE_LR": 0.01, ...},   # what the protocol says of the run
+     "config": "<SHA-256>", "versions": {...}, "hardware": {...}}
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..analysis.comparison.compare import run_metrics
+from ..engine.config import flatten
 from ..errors import UserError
 from ..files import write_text
 from .results import measures
@@ -27,8 +29,8 @@ from .runs import Run
 
 # What differs between machines, or between the runs of a variant.
 _NOT_OF_THE_SETTING = {
-    ("OUTPUT_DIR",), ("SEED",), ("MODEL", "WEIGHTS"),
-    ("DATASETS", "COCO_JSON"), ("DATASETS", "VOC_FOLDER"), ("DATASETS", "YOLO_FOLDER"),
+    "OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.WEIGHTS",
+    "DATASETS.COCO_JSON", "DATASETS.VOC_FOLDER", "DATASETS.YOLO_FOLDER",
 }  # fmt: skip
 
 
@@ -65,6 +67,7 @@ def record_of(folder: str | Path) -> dict[str, Any]:
         "measured": measures(run),
         "iterations": config.get("SOLVER", {}).get("MAX_ITER"),
         "seconds": round(record["seconds"], 1),
+        "settings": _setting(record["settings"]),
         "config": digest(config),
         "versions": record.get("versions", {}),
         "hardware": record.get("hardware", {}),
@@ -73,20 +76,36 @@ def record_of(folder: str | Path) -> dict[str, Any]:
 
 def digest(config: dict[str, Any]) -> str:
     """SHA-256 of a setting: of its config without seed, and without paths of the machine."""
-
-    def setting(node: Any, path: Sequence[str] = ()) -> Any:
-        if not isinstance(node, dict):
-            return node
-        inner = {key: (*path, key) for key in node}
-        return {k: setting(node[k], p) for k, p in inner.items() if p not in _NOT_OF_THE_SETTING}
-
-    text = json.dumps(setting(config), sort_keys=True, default=str)
+    text = json.dumps(_setting(flatten(config)), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _setting(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in _NOT_OF_THE_SETTING}
 
 
 def record_file(evidence: str | Path, name: str) -> Path:
     """``<evidence>/<data set>-<variant>-seed<n>.json``, of the run "data set/variant/seed<n>"."""
     return Path(evidence, name.replace("/", "-").replace(" ", "_") + ".json")
+
+
+def read_record(file: Path, run: Run) -> dict[str, Any]:
+    """The record of a run of the protocol.
+
+    Raises:
+        UserError: if the file is broken, or of a run with other settings.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        settings = record["settings"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not the record of a run: {error!r}") from error
+    if settings != json.loads(json.dumps(_setting(run.settings))):
+        raise UserError(
+            f"{file} is of a run with other settings than the protocol's; delete it, or give other "
+            "--records"
+        )
+    return record
 
 
 def write_record(folder: str | Path, evidence: str | Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .evidence import record_file, write_record
+from .evidence import read_record, record_file, write_record
 from .held_out import hold_out
 from .protocol import Protocol, Settings, references
 from .runs import Run, num_cores
@@ -34,7 +34,7 @@ class Experiment:
         train_script: train_net.py.
         at_once: how many runs at the same time.
         records: folder for the record of each complete run; None writes none. A run with a record
-            needs no detections any more.
+            is done, also where its folder is gone.
     """
 
     protocol: Protocol
@@ -68,20 +68,36 @@ class Experiment:
             for name, base in bases.items():
                 others = {other: runs[name][other][-1] for other in needed}
                 # A run that needs a failed one is left out; the failed one is reported below.
-                if all(other.complete for other in others.values()):
+                if all(self._done(other) for other in others.values()):
                     run = self._run(name, variant, seed, base, others)
                     runs[name][variant].append(run)
                     waiting.append(run)
         self._execute(waiting)
         every_run = [r for groups in runs.values() for group in groups.values() for r in group]
-        _check_complete(every_run)
         for run in every_run:
             self._record(run)
+        failed = [run for run in every_run if not self._done(run)]
+        if failed:
+            where = ", ".join(str(run.folder / "console.txt") for run in failed)
+            raise UserError(f"{len(failed)} of {len(every_run)} runs failed: see {where}")
         return runs
+
+    def _done(self, run: Run) -> bool:
+        """Whether the run is complete, or has a record of the same settings."""
+        return run.complete or bool(self._kept(run))
+
+    def _kept(self, run: Run) -> dict[str, Any]:
+        """The record of a run; empty if there is none."""
+        file = record_file(self.records, run.name) if self.records else None
+        return read_record(file, run) if file and file.is_file() else {}
+
+    def _mean(self, run: Run, scalar: str) -> float:
+        """Mean of a logged scalar over a run that is done."""
+        return run.mean(scalar) if run.complete else self._kept(run)["measured"][scalar]
 
     def _record(self, run: Run) -> None:
         """Write the record of a complete run, unless there is one."""
-        if self.records and run.complete and not record_file(self.records, run.name).is_file():
+        if self.records and run.complete and not self._kept(run):
             with _ONE_RECORD_AT_A_TIME:
                 write_record(run.folder, self.records)
 
@@ -98,7 +114,7 @@ class Experiment:
         def resolve(value: Any) -> Any:
             if not isinstance(value, dict):
                 return value
-            return round(others[value["variant"]].mean(value["mean_of"]), 4)
+            return round(self._mean(others[value["variant"]], value["mean_of"]), 4)
 
         own = {key: resolve(value) for key, value in self.protocol.variants[variant].items()}
         return Run(
@@ -140,8 +156,9 @@ class Experiment:
     def _execute(self, runs: Sequence[Run]) -> None:
         """Run those that are not complete, ``at_once`` of them at a time."""
         for run in runs:
-            run.prepare()
-        waiting = [run for run in runs if not run.complete]
+            if run.folder.is_dir() or not self._done(run):
+                run.prepare()
+        waiting = [run for run in runs if not self._done(run)]
         threads = str(max(1, num_cores() // self.at_once))
         # The user's own number of threads stands: some experiments need the same in all runs.
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
@@ -161,21 +178,12 @@ class Experiment:
                 raise
 
     def _train(self, run: Run, environment: Mapping[str, str], started: _Started) -> None:
-        if self.records:  # of another run in this folder
-            record_file(self.records, run.name).unlink(missing_ok=True)
         exit_code = run.execute(self.train_script, environment, started)
         minutes, state = run.record["seconds"] / 60, "FAILED" if exit_code else "done"
         print(f"{run.name}: {state} ({minutes:.1f} min)", flush=True)
         # A record that can't be written must not end the other trainings; carry_out tries again.
         with contextlib.suppress(UserError):
             self._record(run)
-
-
-def _check_complete(runs: Sequence[Run]) -> None:
-    failed = [run for run in runs if not run.complete]
-    if failed:
-        where = ", ".join(str(run.folder / "console.txt") for run in failed)
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {where}")
 
 
 def _label(option: Settings) -> str:

@@ -5,19 +5,19 @@ R_b anchors. Boxes are XYXY in absolute coordinates; a block holds its anchors a
 (4, R_b), as operations run along them.
 """
 
-from collections.abc import Iterator
-
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from ..threads import CPU_BLOCK, run_in_threads
+from ..threads import CPU_BLOCK
 
 # Anchors of a block: neighbours on one level, which overlap few boxes. A GPU needs larger blocks.
 _CPU_ANCHORS, _GPU_ANCHORS = 1 << 10, 1 << 16
 # Pairs of an anchor and a box at a time, which bounds the memory.
 _GPU_PAIRS = 1 << 24
+# Up to so many pairs in an image the whole IoU (G, R) is computed faster than block by block.
+_FEW_PAIRS = 1 << 19
 
 
 @torch.no_grad()
@@ -48,7 +48,10 @@ def label_anchors(
             gt_labels.append(torch.full((len(flat),), num_classes, device=flat.device))
             gt_boxes.append(torch.zeros_like(flat))
             continue
-        match, label = _match(blocks, hulls, boxes, matcher)
+        if len(boxes) * len(flat) <= _FEW_PAIRS:
+            match, label = matcher(pairwise_iou(gt.gt_boxes, Boxes(flat)))
+        else:
+            match, label = _match(blocks, hulls, boxes, matcher)
         classes = gt.gt_classes[match]
         classes[label == 0] = num_classes
         classes[label == -1] = -1
@@ -77,34 +80,23 @@ def _match(
     match = torch.zeros_like(best, dtype=torch.int64)
     best_of_box = boxes.new_zeros(len(blocks), len(boxes))  # highest IoU of a box in each block
     overlaps = (boxes[:, 2:] > hulls[:, None, :2]) & (boxes[:, :2] < hulls[:, None, 2:])
-    jobs = [
-        (block, near, *rest)
-        for block, near, *rest in zip(
-            blocks,
-            _indices(overlaps.all(dim=2)),
-            best.split(sizes),
-            match.split(sizes),
-            best_of_box,
-            strict=True,
+    pairs = CPU_BLOCK if boxes.device.type == "cpu" else _GPU_PAIRS
+    near_boxes = _indices(overlaps.all(dim=2))
+    results = zip(best.split(sizes), match.split(sizes), best_of_box, strict=True)
+    # In one thread: two would spend their time waiting for Python's lock.
+    for anchors, near, (block_best, block_match, highest) in zip(
+        blocks, near_boxes, results, strict=True
+    ):
+        size = max(pairs // max(len(near), 1), 1)
+        parts = zip(
+            anchors.split(size, dim=1), block_best.split(size), block_match.split(size), strict=True
         )
-        if len(near)
-    ]
-    on_cpu = boxes.device.type == "cpu"
-    pairs = CPU_BLOCK if on_cpu else _GPU_PAIRS
-
-    def match_blocks(shared: Iterator[tuple[Tensor, ...]]) -> None:
-        for anchors, near, *results, highest in shared:
-            size = max(pairs // len(near), 1)
-            for part, part_best, part_match in zip(
-                *(x.split(size, dim=-1) for x in (anchors, *results)), strict=True
-            ):
-                iou = _pairwise_iou(boxes[near], part)
-                values, index = iou.max(dim=0)
-                part_best.copy_(values)
-                part_match.copy_(near[index])
-                highest[near] = torch.maximum(highest[near], iou.amax(dim=1))
-
-    run_in_threads(match_blocks, jobs, torch.get_num_threads() if on_cpu else 1)
+        for part, part_best, part_match in parts if len(near) else ():
+            iou = _pairwise_iou(boxes[near], part)
+            values, index = iou.max(dim=0)
+            part_best.copy_(values)
+            part_match.copy_(near[index])
+            highest[near] = torch.maximum(highest[near], iou.amax(dim=1))
     match.masked_fill_(best == 0, 0)  # the first of equal ones, as in detectron2
     label = matcher(best[None])[1]
     if matcher.allow_low_quality_matches:

@@ -15,7 +15,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
 
-from iou_balanced_d2.data.anchors import anchor_recall, best_anchor_iou
+from iou_balanced_d2.data.anchors import AnchorGrid, anchor_recall, best_anchor_iou, scaled_boxes
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
 from iou_balanced_d2.data.inspection import (
     inspect_annotations,
@@ -169,9 +169,8 @@ def test_best_anchors_equal_those_among_all_of_detectron2s(own_data):
     for size, longest in ((64, 1333), (200, 256)):
         cfg, _ = config_of(own_data, "INPUT.MIN_SIZE_TRAIN", f"({size},)")
         cfg.INPUT.MAX_SIZE_TRAIN = longest
-        assert best_anchor_iou(cfg, content) == pytest.approx(
-            every_anchor_iou(cfg, content), abs=1e-5
-        )
+        best = best_anchor_iou(*scaled_boxes(cfg, content, 1.0), AnchorGrid.of(cfg))
+        assert best == pytest.approx(every_anchor_iou(cfg, content), abs=1e-5)
 
 
 def test_records_registered_in_python_are_checked_before_training(own_data, tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, Instances
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,10 +21,10 @@ from iou_balanced_d2.data.coco_format import read_coco_json
 from iou_balanced_d2.data.inspection import inspect_annotations
 from iou_balanced_d2.data.loading import CheckedMapper, build_mapper, load_training_dicts
 from iou_balanced_d2.errors import UserError
-from iou_balanced_d2.evaluation import BoxEvaluator
 
 from ..command import forget_own_data
 from ..toy import toy_config
+from .test_coco_format import ap_of
 
 CONFIG = toy_config(
     "DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",),
@@ -157,22 +156,6 @@ def map_all(cfg, dicts, *, is_train):
             assert (found[:, 2:] > found[:, :2]).all()
 
 
-def perfect_ap():
-    """AP, by our evaluator, of detections that are the data set's own boxes."""
-    evaluator = BoxEvaluator("own", distributed=False)
-    evaluator.reset()
-    for d in DatasetCatalog.get("own"):
-        found = Instances((d["height"], d["width"]))
-        truth = torch.tensor([a["bbox"] for a in d["annotations"]], dtype=torch.float64)
-        truth = truth.reshape(-1, 4)
-        truth[:, 2:] += truth[:, :2]
-        found.pred_boxes = Boxes(truth.float())
-        found.scores = torch.linspace(0.9, 0.8, len(truth))
-        found.pred_classes = torch.tensor([a["category_id"] for a in d["annotations"]]).long()
-        evaluator.process([d], [{"instances": found}])
-    return evaluator.evaluate()["bbox"]["AP"]
-
-
 def refusal(cfg):
     try:
         check_datasets(cfg, training=True, read_images=True)
@@ -199,7 +182,7 @@ def check_and_use(data_set):
         map_all(cfg, DatasetCatalog.get("own"), is_train=False)
         report = inspect_annotations(read_coco_json(str(folder / "data.json")))
         event("with problems" if report.problems else "no problems")
-        ap = perfect_ap()
+        ap = ap_of("own")
         assert report.problems or math.isnan(ap) or ap == pytest.approx(100.0)
 
 

@@ -217,9 +217,14 @@ def test_records_are_written_and_compared_without_detections(reproduce, tmp_path
     first = records[0].read_text()
     assert reproduce(*command) == 0, "needs no detections"
     assert records[0].read_text() == first
-    records[0].unlink()
+    shutil.rmtree(tmp_path / "output")
+    assert reproduce(*command) == 0, "needs no folders: on another machine the records are enough"
+    assert not list((tmp_path / "output").rglob("run.json"))
+
+    protocol["variants"]["and"] = {ETA: 1.0}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
     assert reproduce(*command) == 2
-    assert "evaluate the run first" in capsys.readouterr().err
+    assert "a_b-and-seed1.json is of a run with other settings" in capsys.readouterr().err
 
 
 def test_does_it_help_on_my_data(reproduce, tmp_path, capsys):

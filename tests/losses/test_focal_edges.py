@@ -63,6 +63,15 @@ def test_ignored_rows_may_hold_anything():
     assert logits.grad[:2].tolist() == [[0.0], [0.0]]
 
 
+def test_no_gradient_is_so_small_that_it_slows_the_network_down():
+    logits = torch.linspace(-100, 100, 401)[:, None].requires_grad_()
+    for label in (0, 1):  # positive, background
+        loss = sigmoid_focal_loss(logits, torch.full((401,), label))
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert (grad[grad != 0].abs() > 1e-25).all()
+        assert (grad != 0).sum() > 220
+
+
 def test_a_nan_in_the_logits_is_seen():
     logits = torch.zeros(3, 2).index_fill(0, torch.tensor([1]), float("nan"))
     assert torch.isnan(sigmoid_focal_loss(logits, torch.tensor([0, 2, -1])))

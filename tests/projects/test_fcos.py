@@ -248,7 +248,7 @@ def test_inference_is_detectron2s_fcos():
         if not name.startswith("__")
         and getattr(IoUBalancedFCOS, name) is not getattr(detectron2_fcos.FCOS, name)
     }
-    assert overridden == {"label_anchors", "losses"}
+    assert overridden == {"losses"}
     assert META_ARCH_REGISTRY.get("FCOS") is FCOS
     stock, ours = tiny_fcos(*STOCK).eval(), tiny_fcos().eval()
     ours.load_state_dict(stock.state_dict())

@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,8 +17,6 @@ from iou_balanced_d2.config import loss_options
 from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import DetectorInterface, IoUBalancedLoss
 from iou_balanced_d2.modeling.positives import Positives, gather_rows
-
-from .matching import label_points
 
 _NUM_POS_START = 300.0  # detectron2's FCOS
 
@@ -119,18 +117,6 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
                 "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE must be first or running, got 'anchors': FCOS "
                 "has points in place of anchors, so there are no boxes to measure w_loc with"
             )
-
-    def label_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """See :func:`.matching.label_points`; arguments and results are FCOS's."""
-        return label_points(
-            self._match_anchors,
-            self.center_sampling_radius,
-            anchors,
-            gt_instances,
-            self.num_classes,
-        )
 
     def losses(
         self,
