@@ -17,7 +17,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
 from ..losses import LossOptions, iou_balanced_cls_weights
-from ..losses.focal import focal_loss
+from ..losses.focal import OwnTerms, focal_loss
 from ..losses.options import check_plain_losses
 from ..losses.soft_targets import SOFT_TARGET_LOSSES
 from ..losses.weights import plain_and_balanced_sums
@@ -152,7 +152,7 @@ class IoUBalancedLoss(nn.Module):
         deltas = gather_rows(pred_anchor_deltas, positives).float()
         iou = self._regressed_iou(deltas, anchor, gt)
         loc_loss = self._loc_loss(deltas, anchor, gt)
-        own = self.cls_loss.own_terms(flat_logits, positives.targets, iou)
+        own = self._own_terms(flat_logits, positives, iou)
         sums = self._sums(iou, own.loss, loc_loss.detach())
         if torch.is_grad_enabled():
             sums = _mean_over_processes(self._measured_at_anchors(sums, anchor, gt))
@@ -165,7 +165,7 @@ class IoUBalancedLoss(nn.Module):
         loc_weights = self.w_loc_measurement.weights(iou)
         if self.observer is not None:
             self.observer({"pos_iou": iou, "cls_weight": cls_weights, "loc_weight": loc_weights})
-        loss_cls = self.cls_loss.sum(flat_logits, positives.targets, own.times(cls_weights))
+        loss_cls = self._cls_loss(flat_logits, positives, own.times(cls_weights))
         losses = {
             "loss_cls": self.options.cls_loss_weight * loss_cls,
             "loss_box_reg": self.options.bbox_reg_loss_weight * (loc_loss * loc_weights).sum(),
@@ -180,6 +180,14 @@ class IoUBalancedLoss(nn.Module):
         if scope == "global":
             return {"sums": (sums.cls, sums.cls_balanced)}
         return {"group": getattr(positives, scope)} if scope in ("level", "image") else {}
+
+    def _own_terms(self, flat_logits: list[Tensor], positives: Positives, iou: Tensor) -> OwnTerms:
+        """The positives' terms of the classification loss; their loss is CE_i of eq. 2."""
+        return self.cls_loss.own_terms(flat_logits, positives.targets, iou)
+
+    def _cls_loss(self, flat_logits: list[Tensor], positives: Positives, own: OwnTerms) -> Tensor:
+        """Eq. 1, the positives' own terms weighted."""
+        return self.cls_loss.sum(flat_logits, positives.targets, own)
 
     @torch.no_grad()
     def _regressed_iou(self, deltas: Tensor, anchor: Tensor, gt: Tensor) -> Tensor:

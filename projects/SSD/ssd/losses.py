@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iou_balanced_d2.losses.focal import FocalTargets
+from iou_balanced_d2.losses.focal import FocalTargets, OwnTerms
 from iou_balanced_d2.modeling import IoUBalancedLoss
 from iou_balanced_d2.modeling.positives import Positives
 
@@ -69,20 +69,24 @@ class SSDLoss(IoUBalancedLoss):
         super().__init__(**iou_balanced)
         self.neg_pos_ratio = neg_pos_ratio
 
-    def _positive_cls_loss(self, flat_logits: list[Tensor], positives: Positives) -> Tensor:
-        """CE_i of eq. 2 for the P positives, without gradient."""
-        terms = [
-            F.cross_entropy(logits.detach()[t.rows].float(), t.classes, reduction="none")
-            for logits, t in zip(flat_logits, positives.targets, strict=True)
-        ]
-        return torch.cat(terms)
+    def _own_terms(self, flat_logits: list[Tensor], positives: Positives, iou: Tensor) -> OwnTerms:
+        """CE_i of eq. 2 for the P positives; derivatives are by CE_i, 1 before weighting."""
+        with torch.no_grad():
+            loss = torch.cat(
+                [
+                    F.cross_entropy(logits[t.rows].float(), t.classes, reduction="none")
+                    for logits, t in zip(flat_logits, positives.targets, strict=True)
+                ]
+            )
+        return OwnTerms(loss, torch.ones_like(loss))
 
-    def _cls_loss(self, flat_logits: list[Tensor], positives: Positives, weights: Tensor) -> Tensor:
+    def _cls_loss(self, flat_logits: list[Tensor], positives: Positives, own: OwnTerms) -> Tensor:
         """Eq. 1 over the positives, weighted, and the hard negatives of each image."""
         num_images = len(positives.blocks[0])
+        weights = own.grad.split(positives.per_level)
         losses, labels = [], []
         for logits, targets, level_weights in zip(
-            flat_logits, positives.targets, weights.split(positives.per_level), strict=True
+            flat_logits, positives.targets, weights, strict=True
         ):
             level_labels = self._labels(targets, len(logits))
             loss = F.cross_entropy(logits.float(), level_labels, ignore_index=-1, reduction="none")
