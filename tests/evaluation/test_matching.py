@@ -2,10 +2,11 @@
 
 import contextlib
 import io
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -35,6 +36,7 @@ IMAGES, CATEGORIES = [30, 4, 17, 2], [9, 0, 5]  # in the file's order
 PLACES = st.fixed_dictionaries(
     {"image_id": st.sampled_from(IMAGES), "category_id": st.sampled_from(CATEGORIES)}
 )
+PLACE = {"image_id": 30, "category_id": 9}
 AREAS = st.sampled_from([None, 0, 32**2, 32**2 + 1e-9, 96**2, 1e10, 2e10, -1])
 OBJECTS = st.lists(
     st.tuples(PLACES, BOXES, AREAS, *[st.sampled_from([0, 0, 0, 1])] * 2), max_size=14
@@ -94,14 +96,18 @@ def arrays_by_us(ground_truth, detections, max_dets):
 
 @settings(max_examples=150, deadline=None)
 @given(OBJECTS, DETECTIONS, st.sampled_from([1, 2, 3, 100]), st.randoms())
+@example(
+    [(PLACE, (0.0, 0.0, 8, 8), None, 0, 0)] * 2,
+    [(PLACE, (50.0, 50.0, 8, 8), 0.1), (PLACE, (0.0, 0.0, 8, 8), 0.1)],
+    1,
+    Random(3),
+)
 def test_equal_to_pycocotools(objects, detections, limit, random):
     """Crowds, areas, ties of scores and IoUs, limits, empty images, files in any order."""
     random.shuffle(detections)
     rows = [{**place, "bbox": list(box), "score": s} for place, box, s in detections]
     dataset, max_dets = dataset_of(objects), sorted({1, 2, limit})[: 3 if limit > 2 else limit]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iou_balanced_d2.evaluation.detections.MAX_DETECTIONS", limit)
-        arrays = arrays_of(dataset, rows, "count")
+    arrays = arrays_of(dataset, rows, "count", limit=limit)
     if not rows:
         assert len(arrays[1]) == 0
         return  # pycocotools fails
