@@ -11,8 +11,9 @@ import sys
 from functools import partial
 from typing import Any
 
+from iou_balanced_d2.config import loss_options
 from iou_balanced_d2.data import check_datasets
-from iou_balanced_d2.data.anchors import anchor_advice, anchor_recall
+from iou_balanced_d2.data.anchors import anchor_advice, anchor_recall, expected_w_loc
 from iou_balanced_d2.data.checks import LOW_RECALL
 from iou_balanced_d2.data.coco_format import REPAIRS
 from iou_balanced_d2.data.inspection import (
@@ -94,6 +95,9 @@ def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     share = anchor_recall(cfg, content)
     print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}", end="")
     print(f": too few; {anchor_advice(cfg, content)}" if share < LOW_RECALL else "")
+    options = loss_options(cfg)
+    if options.loc_lambda and not options.loc_weight and options.loc_weight_rule == "anchors":
+        print(f"w_loc to expect: {expected_w_loc(cfg, content):.2f} (the paper's: 2.34 and 3.05)")
 
 
 def draw(name: str, folder: str, most: int) -> None:

@@ -6,8 +6,9 @@
     .../labels/<id>.txt   its objects, one a line; no file, or an empty one: no objects
 
 A line is a class index and a box, or a polygon, whose bounds are taken; in shares of the image's
-size, which is that after the turn its EXIF data ask for. (globox and others read boxes only, or
-images of one ending.)
+size, which is that after the turn its EXIF data ask for. With ``kpt_shape`` in the data.yaml the
+keypoints of a box follow it, and are left out. (globox and others read boxes only, or images of one
+ending.)
 """
 
 import math
@@ -67,7 +68,9 @@ class YoloSource:
 
     def convert(self) -> dict[str, Any]:
         """The boxes in COCO's format; images and classes are numbered from 1."""
-        names = class_names_of(_read_yaml(self.path), self.path)
+        data = _read_yaml(self.path)
+        names = class_names_of(data, self.path)
+        read_image = partial(_read_image, len(names), _keypoint_numbers(data, self.path))
         content: dict[str, Any] = {
             "info": {},
             "images": [],
@@ -75,7 +78,7 @@ class YoloSource:
             "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
         }
         images = self._images()
-        read = map_all(partial(_read_image, len(names)), images, len(images), title="YOLO")
+        read = map_all(read_image, images, len(images), title="YOLO")
         for image_id, (image, (width, height, boxes)) in enumerate(
             zip(images, read, strict=True), start=1
         ):
@@ -154,6 +157,14 @@ def class_names_of(content: dict[str, Any], path: str) -> list[str]:
     return [str(name) for name in names]
 
 
+def _keypoint_numbers(content: dict[str, Any], path: str) -> int:
+    """How many numbers of keypoints follow each box, by ``kpt_shape``."""
+    shape = content.get("kpt_shape", [0, 0])
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        raise UserError(f"{path}: kpt_shape must be two whole numbers, such as [17, 3]")
+    return shape[0] * shape[1]
+
+
 def images_of(content: dict[str, Any], path: str, split: str) -> list[str]:
     """The images of a split.
 
@@ -220,7 +231,9 @@ def label_file(image: str) -> str:
     return os.path.join(os.sep.join(parts), f"{name}.txt")
 
 
-def _read_image(num_classes: int, image: str) -> tuple[int, int, list[tuple[int, list[float]]]]:
+def _read_image(
+    num_classes: int, num_keypoint_numbers: int, image: str
+) -> tuple[int, int, list[tuple[int, list[float]]]]:
     """An image's width, height and objects (class index, XYWH box in pixels)."""
     try:
         with Image.open(image) as file:
@@ -233,13 +246,16 @@ def _read_image(num_classes: int, image: str) -> tuple[int, int, list[tuple[int,
     objects = []
     for number, line in enumerate(_text(Path(path)).splitlines(), start=1):
         if line.strip():
-            label, (x1, y1, x2, y2) = _parse_line(line, f"{path}, line {number}", num_classes)
+            where = f"{path}, line {number}"
+            label, (x1, y1, x2, y2) = _parse_line(line, where, num_classes, num_keypoint_numbers)
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
             objects.append((label, box))
     return width, height, objects
 
 
-def _parse_line(line: str, where: str, num_classes: int) -> tuple[int, list[float]]:
+def _parse_line(
+    line: str, where: str, num_classes: int, num_keypoint_numbers: int
+) -> tuple[int, list[float]]:
     """Class index and XYXY box in shares of the image."""
     try:
         label, *numbers = map(float, line.split())
@@ -247,6 +263,8 @@ def _parse_line(line: str, where: str, num_classes: int) -> tuple[int, list[floa
         raise UserError(f"{where}: must be numbers, got {line.strip()[:60]!r}") from error
     if not (label.is_integer() and 0 <= label < num_classes):
         raise UserError(f"{where}: the class must be 0 to {num_classes - 1}, got {label:g}")
+    if num_keypoint_numbers and len(numbers) == 4 + num_keypoint_numbers:
+        numbers = numbers[:4]
     if len(numbers) == 5:
         raise UserError(f"{where}: 6 numbers, as predictions have; labels have 5")
     if len(numbers) == 4:

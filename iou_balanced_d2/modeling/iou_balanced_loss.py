@@ -220,15 +220,29 @@ class IoUBalancedLoss(nn.Module):
         return _Sums(torch.ones_like(iou).sum(), *cls, *loc, iou.sum())
 
     @torch.no_grad()
+    def sums_at_anchors(self, anchor: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+        """The box loss, plain and times IoU^lambda, if all predicted deltas were 0.
+
+        The rule "anchors" measures w_loc with them: it is the first divided by the second.
+
+        Args:
+            anchor: (P, 4) float, XYXY, of the positives.
+            gt: (P, 4), the ground truth of each.
+
+        Returns:
+            two float64 scalars, sums over the positives.
+        """
+        deltas = torch.zeros_like(anchor)
+        iou = self._regressed_iou(deltas, anchor, gt).double()
+        loc_loss = self._loc_loss(deltas, anchor, gt).double()
+        return plain_and_balanced_sums(iou, loc_loss, power=self.options.loc_lambda)
+
     def _measured_at_anchors(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
-        """For the rule "anchors": the box loss's sums if all predicted deltas were 0."""
+        """For the rule "anchors": the box loss's sums are those at the anchors."""
         if not self.w_loc_measurement.measures_anchors():
             return sums
-        deltas = torch.zeros_like(anchor)
-        iou = self._regressed_iou(deltas, anchor, gt)
-        loc_loss = self._loc_loss(deltas, anchor, gt)
-        at_anchors = self._sums(iou, loc_loss, loc_loss)
-        return sums._replace(loc=at_anchors.loc, loc_balanced=at_anchors.loc_balanced)
+        loc, loc_balanced = self.sums_at_anchors(anchor, gt)
+        return sums._replace(loc=loc, loc_balanced=loc_balanced)
 
     def _divisor(self, sums: _Sums) -> Tensor:
         return self.num_pos_ema if self.options.normalizer == "ema" else sums.num_pos.clamp(min=1)

@@ -38,9 +38,7 @@ def label_anchors(
         tensors (R, 4): the box matched to each anchor, of no meaning except at positives.
     """
     flat = Boxes.cat(anchors).tensor
-    size = _CPU_ANCHORS if flat.device.type == "cpu" else _GPU_ANCHORS
-    blocks = [b.T.contiguous() for level in anchors for b in level.tensor.split(size)]
-    hulls = torch.stack([torch.cat([b[:2].amin(dim=1), b[2:].amax(dim=1)]) for b in blocks])
+    blocks = None
     gt_labels, gt_boxes = [], []
     for gt in gt_instances:
         boxes = gt.gt_boxes.tensor
@@ -51,7 +49,8 @@ def label_anchors(
         if len(boxes) * len(flat) <= _FEW_PAIRS:
             match, label = matcher(pairwise_iou(gt.gt_boxes, Boxes(flat)))
         else:
-            match, label = _match(blocks, hulls, boxes, matcher)
+            blocks = blocks or _blocks_of(anchors)
+            match, label = _match(*blocks, boxes, matcher)
         classes = gt.gt_classes[match]
         classes[label == 0] = num_classes
         classes[label == -1] = -1
@@ -60,13 +59,21 @@ def label_anchors(
     return gt_labels, gt_boxes
 
 
+def _blocks_of(anchors: list[Boxes]) -> tuple[list[Tensor], Tensor]:
+    """B blocks of neighbouring anchors (4, R_b), and (B, 4) the smallest box around each."""
+    size = _CPU_ANCHORS if anchors[0].device.type == "cpu" else _GPU_ANCHORS
+    blocks = [b.T.contiguous() for level in anchors for b in level.tensor.split(size)]
+    hulls = [torch.cat([b[:2].amin(dim=1), b[2:].amax(dim=1)]) for b in blocks]
+    return blocks, torch.stack(hulls)
+
+
 def _match(
     blocks: list[Tensor], hulls: Tensor, boxes: Tensor, matcher: Matcher
 ) -> tuple[Tensor, Tensor]:
     """Apply ``matcher`` to the IoU (G, R), computing only blocks of anchors that overlap a box.
 
     Args:
-        blocks: B tensors (4, R_b), the anchors.
+        blocks: B tensors (4, R_b), the anchors; see :func:`_blocks_of`.
         hulls: (B, 4), the smallest box around each block.
         boxes: (G, 4), G > 0.
         matcher: see :func:`label_anchors`.
@@ -93,9 +100,11 @@ def _match(
         )
         for part, part_best, part_match in parts if len(near) else ():
             iou = _pairwise_iou(boxes[near], part)
-            values, index = iou.max(dim=0)
-            part_best.copy_(values)
-            part_match.copy_(near[index])
+            torch.amax(iou, dim=0, out=part_best)
+            # The first that is the highest. max() would give it, but starts threads for each call.
+            from_last = torch.arange(len(near), device=near.device).flip(0)[:, None]
+            first = (iou == part_best).mul(from_last).amax(dim=0)
+            part_match.copy_(near[len(near) - 1 - first])
             highest[near] = torch.maximum(highest[near], iou.amax(dim=1))
     match.masked_fill_(best == 0, 0)  # the first of equal ones, as in detectron2
     label = matcher(best[None])[1]

@@ -16,6 +16,7 @@ from iou_balanced_d2.model_zoo import get_config_file
 from ..command import forget_own_data
 
 CONFIG = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+A = "labels/train/a.txt"
 
 
 def write(folder, **changes):
@@ -51,6 +52,13 @@ def test_boxes_and_polygons_by_hand(tmp_path):
     assert (box["category_id"], polygon["category_id"]) == (2, 1)
     assert box["bbox"] == pytest.approx([40, 15, 20, 20])
     assert polygon["bbox"] == pytest.approx([10, 10, 20, 30])
+
+
+def test_keypoints_are_left_out(tmp_path):
+    folder = write(tmp_path, kpt_shape=[2, 3])
+    (folder / A).write_text("1 0.5 0.5 0.2 0.4 0.1 0.1 2 0.9 0.9 2\n")
+    (box,) = content_of(folder)["annotations"]
+    assert box["bbox"] == pytest.approx([40, 15, 20, 20])
 
 
 def test_images_without_a_label_file_have_no_objects(tmp_path):
@@ -98,7 +106,6 @@ def test_changed_labels_are_seen(tmp_path):
     assert len(content_of(tmp_path)["annotations"]) == 3
 
 
-A = "labels/train/a.txt"
 BROKEN = {
     "no data.yaml": (lambda f: (f / "data.yaml").unlink(), "data.yaml: can't be read"),
     "no YAML": (lambda f: (f / "data.yaml").write_text("a: ["), "data.yaml: not a YAML file"),
@@ -113,6 +120,7 @@ BROKEN = {
     "class": (lambda f: (f / A).write_text("2 .5 .5 1 1"), "class must be 0 to 1, got 2"),
     "pixels": (lambda f: (f / A).write_text("1 50 20 9 9"), "in shares of the image"),
     "predictions": (lambda f: (f / A).write_text("1 .5 .5 .1 .1 .9"), "6 numbers, as predictions"),
+    "kpt_shape": (lambda f: write(f, kpt_shape=17), "kpt_shape must be two whole numbers"),
     "3 numbers": (lambda f: (f / A).write_text("1 .5 .5"), "a class and a box or polygon"),
     "bad image": (
         lambda f: (f / "images/train/a.png").write_text("no"),
