@@ -6,7 +6,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ class Experiment:
             UserError: if runs have failed, naming them, after all others are through; or if a
                 record can't be written.
         """
-        chosen = self._choose()
-        bases = {n: self._judged_by(n) | chosen.get(n, {}) for n in self.protocol.data_sets}
+        bases = {name: self._judged_by(name) for name in self.protocol.data_sets}
         runs: dict[str, dict[str, list[Run]]] = {
             name: {variant: [] for variant in self.protocol.variants} for name in bases
         }
@@ -127,32 +126,6 @@ class Experiment:
     def _folder(self, *names: str) -> Path:
         return self.output.joinpath(*(name.replace("/", "_").replace(" ", "_") for name in names))
 
-    def _choose(self) -> dict[str, Settings]:
-        """The best of the options on the part held out, by the mean AP over the seeds."""
-        choice = self.protocol.choose
-        if choice is None:
-            return {}
-        options = {_label(option): option for option in choice.options}
-        base = self.protocol.variants[choice.variant]
-        trials = replace(
-            self.protocol,
-            variants={label: base | option for label, option in options.items()},
-            seeds=choice.seeds,
-            held_out=choice.held_out,
-            choose=None,
-            fewer_seeds={},
-        )
-        experiment = replace(self, protocol=trials, output=self.output / "choose", records=None)
-        chosen = {}
-        for name, by_option in experiment.carry_out().items():
-            means = {k: sum(r.final_ap for r in runs) / len(runs) for k, runs in by_option.items()}
-            best = max(means, key=means.__getitem__)
-            for label, mean in means.items():
-                print(f"{name}: {label}: AP {mean:.2f} on the part held out")
-            print(f"{name}: chosen: {best}")
-            chosen[name] = options[best]
-        return chosen
-
     def _execute(self, runs: Sequence[Run]) -> None:
         """Run those that are not complete, ``at_once`` of them at a time."""
         for run in runs:
@@ -184,10 +157,6 @@ class Experiment:
         # A record that can't be written must not end the other trainings; carry_out tries again.
         with contextlib.suppress(UserError):
             self._record(run)
-
-
-def _label(option: Settings) -> str:
-    return "_".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in option.items())
 
 
 def how_many_at_once(memory_gib: float) -> int:

@@ -10,11 +10,6 @@
         DATASETS.TRAIN: [vehicles_train]
         DATASETS.TEST: [vehicles_test]
     held_out: 0.2                      # optional: judge on this part of TRAIN, never on TEST
-    choose:                            # optional: settled first, for all variants alike
-      variant: baseline
-      held_out: 0.2
-      seeds: [1]
-      options: [{SOLVER.BASE_LR: 0.005}, {SOLVER.BASE_LR: 0.01}]
     variants:                          # config keys of each variant; the first is compared with
       baseline: {MODEL.IOU_BALANCED.CLS_ETA: 0.0, MODEL.IOU_BALANCED.LOC_LAMBDA: 0.0}
       control:                         # a number that another variant's runs have logged
@@ -43,23 +38,6 @@ Settings = dict[str, Any]  # config key -> value
 
 
 @dataclass
-class Choice:
-    """Settings to be chosen on one variant, with a part of the training data held out.
-
-    Attributes:
-        variant: the variant that is trained.
-        held_out: the share of the training images to judge by.
-        seeds: of the runs of each option.
-        options: the settings to choose from.
-    """
-
-    variant: str
-    held_out: float
-    seeds: list[int]
-    options: list[Any]
-
-
-@dataclass
 class Protocol:
     """What is run; see the module's docstring, whose keys the attributes are.
 
@@ -77,7 +55,6 @@ class Protocol:
     seeds: list[int]
     memory_gib: float
     held_out: float = 0.0
-    choose: Choice | None = None
     fewer_seeds: dict[str, int] = field(default_factory=dict)
 
     def seeds_of(self, variant: str) -> list[int]:
@@ -152,12 +129,8 @@ def _problems(protocol: Protocol) -> Iterator[str]:
     for key in ("data_sets", "variants"):
         if not getattr(protocol, key):
             yield f"{key}: expected at least one"
-    for prefix, seeds in (
-        ("", protocol.seeds),
-        ("choose.", getattr(protocol.choose, "seeds", [1])),
-    ):
-        if not seeds or len(set(seeds)) < len(seeds):
-            yield f"{prefix}seeds: expected different whole numbers, got {seeds}"
+    if not protocol.seeds or len(set(protocol.seeds)) < len(protocol.seeds):
+        yield f"seeds: expected different whole numbers, got {protocol.seeds}"
     for name, number in protocol.fewer_seeds.items():
         most = len(protocol.seeds)
         if name not in protocol.variants or number not in range(1, most + 1):
@@ -178,13 +151,6 @@ def _problems_of_variants(protocol: Protocol) -> Iterator[str]:
                 )
         if not references(settings):
             usable[name] = seeds
-    choice = protocol.choose
-    if choice and not 0 < choice.held_out < 1:
-        yield "choose.held_out: expected a share above 0: nothing is chosen on DATASETS.TEST"
-    if choice and not (choice.options and all(isinstance(x, dict) for x in choice.options)):
-        yield "choose.options: expected a list of config keys with their values"
-    if choice and choice.variant not in usable:
-        yield f"choose.variant: no variant {choice.variant!r} whose settings are all numbers"
 
 
 def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -> Protocol:

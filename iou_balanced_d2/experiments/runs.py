@@ -140,19 +140,6 @@ class Run:
             raise UserError(f"{self.folder / 'metrics.json'} has no scalar {name!r}")
         return float(np.mean(values))
 
-    @property
-    def final_ap(self) -> float:
-        """AP in percent of the last evaluation, the mean over the test sets if there are several.
-
-        Raises:
-            UserError: if there was no evaluation.
-        """
-        log = read_training_log(self.folder)
-        last = [values[-1][1] for name, values in log.items() if f"/{name}".endswith("/bbox/AP")]
-        if not last:
-            raise UserError(f"{self.folder / 'metrics.json'} has no bbox/AP")
-        return float(np.mean(last))
-
 
 def _environment() -> dict[str, Any]:
     """Versions of what the numbers depend on, and the device that a run uses by default."""

@@ -17,7 +17,7 @@ import yaml
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
-from iou_balanced_d2.experiments.protocol import Choice, Protocol
+from iou_balanced_d2.experiments.protocol import Protocol
 
 from ..analysis.drawn import draw_truth
 
@@ -127,19 +127,6 @@ def test_a_run_with_other_settings_is_not_mixed_in(experiment):
     experiment().carry_out()
     with pytest.raises(UserError, match=r"seed1 holds a run with other settings .*delete it, or"):
         experiment(variants={"loc": {"SOLVER.BASE_LR": 0.5}}).carry_out()
-
-
-def test_the_best_option_is_chosen_without_the_test_data(experiment, tmp_path, capsys):
-    options = [{"SOLVER.BASE_LR": rate} for rate in (0.01, 0.02, 0.04)]
-    choose = Choice(variant="loc", held_out=0.3, seeds=[7, 8], options=options)
-    runs = experiment(choose=choose).carry_out()
-    assert "set: chosen: BASE_LR=0.02" in capsys.readouterr().out
-    assert all(run.settings["SOLVER.BASE_LR"] == 0.02 for run in runs["set"]["control"])
-    trial = yaml.safe_load((tmp_path / "runs/choose/set/BASE_LR=0.01/seed7/run.yaml").read_text())
-    (held_out,) = trial["DATASETS"]["TEST"]
-    assert held_out.endswith("-held_out")
-    final = yaml.safe_load((tmp_path / "runs/set/loc/seed1/run.yaml").read_text())
-    assert final["DATASETS"]["TEST"] == ["never_looked_at"]
 
 
 def test_the_held_out_part_is_drawn_once_and_leaves_the_rest(tmp_path, coco):

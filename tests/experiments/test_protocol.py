@@ -35,7 +35,6 @@ def test_a_protocol_is_read(write, tmp_path):
     protocol = load_protocol(write(), data=str(tmp_path / "sets"), weights="w.pkl")
     assert (protocol.name, protocol.seeds, protocol.held_out) == ("toy", [1, 2], 0.0)
     assert protocol.config == tmp_path / "detector.yaml"
-    assert protocol.choose is None
     assert protocol.data_sets["toy"] == {
         "DATASETS.TRAIN": [f"{tmp_path}/sets/a", [f"{tmp_path}/sets/b"]],
         "MODEL.WEIGHTS": str(Path("w.pkl").resolve()),
@@ -55,9 +54,6 @@ def test_variants_take_turns_and_some_have_fewer_seeds(write):
     assert protocol.order() == [
         (1, "baseline"), (1, "loc"), (1, "cls"), (2, "baseline"), (2, "cls")
     ]  # fmt: skip
-
-
-CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K": 1}]}
 
 
 @pytest.mark.parametrize(
@@ -89,19 +85,7 @@ CHOOSE = {"variant": "baseline", "held_out": 0.2, "seeds": [1], "options": [{"K"
         ({"fewer_seeds": {"none": 1}}, "fewer_seeds.none: expected a variant with"),
         ({"fewer_seeds": {"baseline": 3}}, "fewer_seeds.baseline: .* 1 to 2 seeds, got 3"),
         ({"fewer_seeds": {"baseline": 0}}, "fewer_seeds.baseline: .* 1 to 2 seeds, got 0"),
-        ({"choose": CHOOSE | {"held_out": 0}}, "choose.held_out: expected a share above 0"),
-        ({"choose": CHOOSE | {"options": [1]}}, "choose.options: expected a list of config keys"),
-        ({"choose": CHOOSE | {"options": []}}, "choose.options: expected a list"),
-        ({"choose": CHOOSE | {"seeds": []}}, "choose.seeds: expected different"),
-        ({"choose": CHOOSE | {"variant": "x"}}, "choose.variant: no variant 'x'"),
-        (
-            {
-                "choose": CHOOSE,
-                "variants": {"a": {}, "baseline": {"K": {"mean_of": "s", "variant": "a"}}},
-            },
-            "choose.variant: no variant 'baseline' whose settings are all numbers",
-        ),
-        ({"choose": CHOOSE | {"extra": 1}}, "choose.extra: Key 'extra' not in 'Choice'"),
+        ({"extra": 1}, "extra: Key 'extra' not in 'Protocol'"),
     ],
 )
 def test_what_is_wrong_is_named(write, changes, message):
