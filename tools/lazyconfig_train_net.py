@@ -18,10 +18,10 @@ import sys
 import warnings
 from typing import Any
 
+from iou_balanced_d2.arguments import launch_argument_parser
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.config import flatten
-from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator

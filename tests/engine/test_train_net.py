@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from iou_balanced_d2.commands import run_command
+
 from ..command import forget_own_data, run
 
 
@@ -155,8 +157,6 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, own_config, case, monkeypatch, capsys):
     """In this process, as each start of Python with torch takes seconds; one case runs for real."""
-    import train_net
-
     options, spoil, expected = BAD_INPUT[case]
     flags = (
         options
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, own_config, case, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_net.py", *flags])
     forget_own_data()
-    assert train_net.run() == 2
+    assert run_command("train") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.startswith("train_net.py: error: ")
