@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from ..data import check_datasets, register_datasets_of
 from ..projects import import_projects
@@ -24,6 +23,7 @@ from .checks import (
     warn_linear_rule,
 )
 from .config import choose_device, load_config
+from .console import describe_run, setup_loggers
 from .launch import Placement
 from .trainer import Trainer
 
@@ -66,20 +66,15 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchor generator
     import_projects()  # as in the launching process
     register_datasets_of(cfg)
-    rank = comm.get_rank()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="iou_balanced_d2")
-    # With these very arguments, so that detectron2's default_setup finds its loggers set up.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    setup_loggers(cfg.OUTPUT_DIR)
     logging.raiseExceptions = False  # else each line for a full disk prints a traceback
     default_setup(cfg, args)
-    if cfg.MODEL.DEVICE == "cpu":
-        logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
     if args.eval_only:
         return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
     warn_linear_rule(cfg)
     trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
     trainer.resume_or_load(resume=args.resume)
+    describe_run(cfg, trainer.model)
     return trainer.train()
 
 
