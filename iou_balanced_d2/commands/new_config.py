@@ -28,7 +28,7 @@ from detectron2.utils.events import EventStorage
 from ..data import check_datasets
 from ..data.anchors import AnchorGrid, anchor_recall
 from ..data.coco_format import class_names
-from ..data.layouts import Split, dataset_name, find_splits, split_images
+from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
 from ..engine import Trainer, load_config
 from ..engine.config import choose_device
 from ..errors import UserError
@@ -151,12 +151,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def hold_out(split: Split, photos: Path, output: Path) -> dict[str, Split]:
     """Hold out a part by a fixed seed; both parts are COCO JSON files beside the config."""
-    folder = output.resolve().parent / f"{output.stem}_splits"
+    folder = output.resolve().parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
     parts = split_images(split.content, HELD_OUT, photos.name)
     found = {}
     for name, content in zip(("train", "valid"), parts, strict=True):
-        path = folder / f"{name}.json"
+        path = folder / f"{output.stem}_{name}.json"
         write_atomically(path, partial(write_json, content))
         found[name] = Split("COCO_JSON", [str(path), split.image_root], content, split.image_root)
     return found
@@ -228,7 +228,7 @@ def data_settings(args: argparse.Namespace, splits: dict[str, Split], judge: str
     for name, split in splits.items():
         entries.setdefault(split.key, []).append([dataset_name(args.photos, name), *split.place])
     paths = "Paths are absolute, so that commands can be run in any folder."
-    if all("_splits" in split.place[0] for split in splits.values()):
+    if all(SPLITS_FOLDER in split.place[0] for split in splits.values()):
         paths += (
             f" {HELD_OUT:.0%} of the photos are held out, drawn by a fixed seed. Frames of one "
             "video must not be on both sides: then split by hand."
@@ -360,7 +360,7 @@ def cost(cfg: CfgNode, device: Device) -> str:
     minutes, kind = seconds * cfg.SOLVER.MAX_ITER / 60, "GPU" if device.name == "cuda" else "main"
     return (
         f"about {max(minutes, 1):.0f} min of training ({seconds:.2f} s an iteration) and "
-        f"{gib:.1f} GiB of {kind} memory (measured on this machine), then its evaluation"
+        f"{gib:.1f} GiB of {kind} memory (measured here and now), then its evaluation"
     )
 
 

@@ -18,6 +18,8 @@ from .formats import hint_for_folder
 from .voc import IMAGE_SUFFIXES, VocSource, parse_voc_xml, voc_content
 from .yolo import YoloSource
 
+# Where splits are kept that a set without any got; no data set of its own.
+SPLITS_FOLDER = "iou_balanced_splits"
 _DEPTH = 3  # folders below the data set's in which files are looked for
 # Words of file and folder names, in the order in which they are looked for.
 _SPLIT_OF = {"train": "train", "val": "valid", "dev": "valid", "test": "test"}
@@ -182,7 +184,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders and their files, some levels deep, without hidden ones and our own."""
     for path, folders, files in os.walk(folder):
         depth = len(Path(path).relative_to(folder).parts)
-        usable = [f for f in folders if f[0] != "." and f != CACHE_FOLDER]
+        usable = [f for f in folders if f[0] != "." and f not in (CACHE_FOLDER, SPLITS_FOLDER)]
         folders[:] = sorted(usable) if depth < _DEPTH else []
         yield Path(path), files
 
