@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import yaml
 
-from iou_balanced_d2.engine import load_config, parse_arguments
+from iou_balanced_d2.arguments import COMMANDS, parse
+from iou_balanced_d2.engine import load_config
 
 from .documents import DOCUMENTS, ROOT, blocks, ids, with_blocks
 
@@ -92,11 +93,12 @@ def test_commands_are_right(path, monkeypatch):
 
 def check_arguments(command, script, monkeypatch):
     name, arguments = command.words[script], list(command.words[script + 1 :])
-    if name == "train_net.py":
-        args = parse_arguments(arguments)
-        if args.config_file != "my.yaml":
-            load_config(args.config_file, args.opts)
-        return
+    for command_name, ours in COMMANDS.items():
+        if Path(name).stem == ours.module:
+            args = parse(command_name, arguments)
+            if command_name == "train" and args.config_file != "my.yaml":
+                load_config(args.config_file, args.opts)
+            return
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     names = runpy.run_path(name, run_name="docs")
     if "parse_arguments" in names:

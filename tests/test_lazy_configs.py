@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from iou_balanced_d2 import model_zoo
-from iou_balanced_d2.engine.main import launch_argument_parser
+from iou_balanced_d2.arguments import launch_argument_parser
 from iou_balanced_d2.errors import UserError
 
 from .command import forget_own_data

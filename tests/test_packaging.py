@@ -184,4 +184,6 @@ def test_installed_it_works_from_an_empty_folder(
     assert (ssd, fcos) == ("IoUBalancedSSD", "IoUBalancedFCOS")
     assert "CLS_ETA: 1.5\n    eta of eq. 2" in described
     assert "\nMODEL.SSD.SIZE: 300\n" in described
+    described = run(environment.parent / "iou-balanced-d2", "check", "--help", cwd=empty)
+    assert "--config-file" in described
     assert not list(empty.iterdir())

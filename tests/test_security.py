@@ -5,7 +5,6 @@ Checkpoints that hold code are tried in tests/engine/test_checkpoint.py.
 
 import ast
 import copy
-import importlib.util
 import json
 import os
 import pickle
@@ -17,17 +16,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
 
-import check_dataset
 import cv2
 import numpy as np
 import pytest
-import visualize_results
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import train_net
 from iou_balanced_d2.analysis.page import Page
+from iou_balanced_d2.commands import demo, run_command
 from iou_balanced_d2.data import conversion, register_coco_json, register_voc_folder
 from iou_balanced_d2.data.anchors import anchor_recall
 from iou_balanced_d2.data.checks import check_datasets
@@ -232,7 +229,7 @@ def test_pictures_stay_in_their_folder_whatever_images_are_called(tmp_path, own_
         *own(own_data, "OUTPUT_DIR", str(output)),
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    assert visualize_results.main() == 0
+    assert run_command("visualize") == 0
     assert sorted(os.listdir(output / "pictures")) == [
         "own_0.png", "own_0_2.png", "own_0_3.png", "own_0_4.png",
     ]  # fmt: skip
@@ -243,9 +240,6 @@ def test_pictures_stay_in_their_folder_whatever_images_are_called(tmp_path, own_
 
 
 def test_the_demo_does_not_replace_what_it_draws_on(tmp_path):
-    spec = importlib.util.spec_from_file_location("iou_balanced_demo", ROOT / "demo/demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "x.jpg").write_bytes(b"mine")
     for folder in (tmp_path, tmp_path / "link"):
@@ -396,7 +390,7 @@ def test_weights_that_can_not_be_downloaded_are_one_line(own_config, monkeypatch
         argv = ["train_net.py", "--config-file", str(own_config), "MODEL.WEIGHTS", address]
         monkeypatch.setattr(sys, "argv", argv)
         forget_own_data()
-        assert train_net.run() == 2
+        assert run_command("train") == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"train_net.py: error: {address!r} can't be downloaded: ")
     assert "download it elsewhere" in message
@@ -419,7 +413,7 @@ def test_all_kinds_of_bad_images_are_listed_at_once(own_data, monkeypatch, capsy
         assert f"1 x {kind}: " in message
     argv = ["check_dataset.py", "--config-file", CONFIG, "--strict", *own(own_data)]
     monkeypatch.setattr(sys, "argv", argv)
-    assert check_dataset.main() == 1
+    assert run_command("check") == 1
     out = capsys.readouterr().out
     for kind in kinds:
         assert f"{kind}: 1 (" in out

@@ -18,10 +18,11 @@ import sys
 import warnings
 from typing import Any
 
+from iou_balanced_d2.arguments import launch_argument_parser
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.config import flatten
-from iou_balanced_d2.engine.main import launch_argument_parser
+from iou_balanced_d2.engine.console import setup_loggers
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
@@ -40,7 +41,6 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -164,8 +164,8 @@ def main(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     import_projects()
     cfg = load(args)
+    setup_loggers(cfg.train.output_dir)
     default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="iou_balanced_d2")
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         checkpointer = RobustCheckpointer(model, cfg.train.output_dir)

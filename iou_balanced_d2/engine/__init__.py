@@ -2,7 +2,7 @@
 
 from .config import load_config
 from .launch import find_placement, launch
-from .main import main, parse_arguments, prepare
+from .main import main, prepare
 from .trainer import Trainer
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "launch",
     "load_config",
     "main",
-    "parse_arguments",
     "prepare",
 ]

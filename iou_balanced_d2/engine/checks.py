@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import loss_options
+from ..data.checks import detector_node
 from ..errors import UserError
 from ..losses.options import check_plain_losses
 from ..modeling import interface_of
@@ -105,8 +106,10 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
 def warn_linear_rule(cfg: CfgNode) -> None:
     """Warn if batch and learning rate don't follow the linear rule, for training from weights.
 
-    (From scratch, with normalisation in the head, other rates are right.)
+    (From scratch, or with normalisation in the head, other rates are right.)
     """
+    if cfg.MODEL[detector_node(cfg) or "RETINANET"].get("NORM"):
+        return
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     rate_per_image = interface_of(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)).lr_per_image
     expected = rate_per_image * batch

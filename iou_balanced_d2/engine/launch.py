@@ -45,7 +45,7 @@ def find_placement(args: argparse.Namespace) -> Placement:
     """Read torchrun's environment variables, or else detectron2's flags.
 
     Args:
-        args: of :func:`launch_argument_parser`.
+        args: of :func:`~iou_balanced_d2.arguments.launch_argument_parser`.
 
     Raises:
         UserError: naming the flag that is wrong.

@@ -4,18 +4,14 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
-from ..analysis.alignment import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
-from ..errors import UserError
 from ..projects import import_projects
 from .checkpoint import RobustCheckpointer
 from .checks import (
@@ -27,65 +23,18 @@ from .checks import (
     warn_linear_rule,
 )
 from .config import choose_device, load_config
+from .console import describe_run, setup_loggers
 from .launch import Placement
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def launch_argument_parser() -> argparse.ArgumentParser:
-    """detectron2's flags, without a port that two runs would share, and --dist-timeout."""
-    parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")
-    actions = {action.dest: action for action in parser._actions}
-    actions["num_gpus"].help = "number of GPUs *per machine*; on a CPU number of processes"
-    actions["dist_url"].help = "tcp://HOST:PORT: the machine with --machine-rank 0, a free port"
-    parser.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long processes wait for each other, at the start and later (default: 600)",
-    )
-    return parser
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse detectron2's flags and KEY VALUE pairs, those of the process by default.
-
-    Raises:
-        UserError: for a flag after KEY VALUE options (argparse would take it for a value), a key
-            without value, or no --config-file.
-    """
-    parser = launch_argument_parser()
-    parser.add_argument(
-        "--check-dataset",
-        action="store_true",
-        help="read every image of the data sets first (annotations of one's own data sets are "
-        "always checked)",
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="load checkpoints that hold other Python objects than tensors, arrays and plain "
-        "containers: this can run code, so only files whose origin you trust",
-    )
-    args = parser.parse_args(argv)
-    for word in args.opts:
-        if word.startswith("--"):
-            raise UserError(f"{word} must stand before the KEY VALUE options ({args.opts[0]} ...)")
-    if len(args.opts) % 2:
-        raise UserError(f"KEY VALUE options come in pairs, but {args.opts[-1]!r} is left over")
-    if not args.config_file:
-        raise UserError("--config-file is required, e.g. one of those in configs/")
-    return args
-
-
 def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     """Build, check and freeze the config before the launch; nothing is written on an error.
 
     Args:
-        args: from :func:`parse_arguments`.
+        args: of ``train``, from :func:`~iou_balanced_d2.arguments.parse`.
         placement: from :func:`find_placement`.
 
     Raises:
@@ -109,7 +58,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
 
     Args:
         cfg: from :func:`prepare`.
-        args: from :func:`parse_arguments`.
+        args: of ``train``, from :func:`~iou_balanced_d2.arguments.parse`.
 
     Returns:
         the evaluation's results, where there are any.
@@ -117,25 +66,22 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchor generator
     import_projects()  # as in the launching process
     register_datasets_of(cfg)
-    rank = comm.get_rank()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="iou_balanced_d2")
-    # With these very arguments, so that detectron2's default_setup finds its loggers set up.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    setup_loggers(cfg.OUTPUT_DIR)
     logging.raiseExceptions = False  # else each line for a full disk prints a traceback
     default_setup(cfg, args)
-    if cfg.MODEL.DEVICE == "cpu":
-        logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
     if args.eval_only:
         return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
     warn_linear_rule(cfg)
     trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
     trainer.resume_or_load(resume=args.resume)
+    describe_run(cfg, trainer.model)
     return trainer.train()
 
 
 def write_reports(cfg: CfgNode) -> None:
     """Report on the alignment of scores and boxes, beside the detections of each data set."""
+    from ..analysis.alignment import dataset_files, write_alignment_report  # takes a second
+
     for name in cfg.DATASETS.TEST:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
         report = os.path.join(folder, "alignment")

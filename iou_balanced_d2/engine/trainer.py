@@ -31,6 +31,7 @@ from ..files import remove_unfinished, write_atomically
 from ..modeling import DenseDetectorWithTTA
 from .agreement import check_same_data
 from .checkpoint import LossState, RobustCheckpointer
+from .console import FirstIterations, describe_data
 from .faults import lost_connection
 from .hooks import FaultTolerantWriter, evaluation_hooks
 from .optimizer import WeightsAverage, build_optimizer
@@ -211,6 +212,7 @@ class Trainer(DefaultTrainer):
         ordered = [
             *[hook for hook in built if hook not in writers],
             *self._further_evaluations(),
+            FirstIterations(),
             *visualization_hooks(self.cfg, self.model),
             *evaluation_hooks(self.cfg, self.model, self.checkpointer),
             *writers,
@@ -255,6 +257,7 @@ class Trainer(DefaultTrainer):
         mapper = CheckedMapper(mapper or build_mapper(cfg, is_train=True))
         dicts = load_training_dicts(cfg)
         check_same_data(dicts)
+        describe_data(cfg, dicts)
         return ResumableLoader(cfg, dicts, mapper, init_worker=outlive_in_worker)
 
     @classmethod

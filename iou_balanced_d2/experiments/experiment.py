@@ -31,17 +31,17 @@ class Experiment:
     Attributes:
         protocol: what to run.
         output: folder of ``<data set>/<variant>/seed<n>``.
-        train_script: train_net.py.
         at_once: how many runs at the same time.
         records: folder for the record of each complete run; None writes none. A run with a record
             is done, also where its folder is gone.
+        train: what Python is started with for a run.
     """
 
     protocol: Protocol
     output: Path
-    train_script: Path
     at_once: int
     records: Path | None = None
+    train: Sequence[str] = ("-m", "iou_balanced_d2", "train")
 
     def carry_out(self) -> dict[str, dict[str, list[Run]]]:
         """Run what is not complete yet.
@@ -151,7 +151,7 @@ class Experiment:
                 raise
 
     def _train(self, run: Run, environment: Mapping[str, str], started: _Started) -> None:
-        exit_code = run.execute(self.train_script, environment, started)
+        exit_code = run.execute(self.train, environment, started)
         minutes, state = run.record["seconds"] / 60, "FAILED" if exit_code else "done"
         print(f"{run.name}: {state} ({minutes:.1f} min)", flush=True)
         # A record that can't be written must not end the other trainings; carry_out tries again.

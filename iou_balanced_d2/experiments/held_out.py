@@ -1,14 +1,13 @@
 """A part of the training data held out, to choose settings by without looking at the test data."""
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 from detectron2.data import MetadataCatalog
 
 from ..data import prepare_dataset, register_datasets_of
 from ..data.coco_format import read_coco_json
+from ..data.layouts import split_images
 from ..engine import load_config
 from ..errors import UserError
 from ..files import write_text
@@ -44,7 +43,8 @@ def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Se
         if json_file is None:
             raise UserError(f"data set {name!r} has no COCO JSON file that a part can be taken of")
         content = read_coco_json(json_file)
-        for part, subset in _split(content, share, name).items():
+        rest, held_out = split_images(content, share, name)
+        for part, subset in (("held_out", held_out), ("rest", rest)):
             path = folder / f"{name}-{part}.json"
             write_text(path, json.dumps(subset))
             entries.append([f"{name}-{part}", str(path), metadata.image_root])
@@ -53,22 +53,4 @@ def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Se
         "DATASETS.COCO_JSON": entries,
         "DATASETS.TRAIN": parts["rest"],
         "DATASETS.TEST": parts["held_out"],
-    }
-
-
-def _split(content: dict[str, Any], share: float, name: str) -> dict[str, dict[str, Any]]:
-    ids = sorted(image["id"] for image in content["images"])
-    drawn = set(random.Random(0).sample(ids, round(share * len(ids))))
-    if not 0 < len(drawn) < len(ids):
-        raise UserError(f"data set {name!r}: {len(ids)} images, too few to hold out {share:.0%}")
-    return {
-        "held_out": _subset(content, drawn),
-        "rest": _subset(content, set(ids) - drawn),
-    }
-
-
-def _subset(content: dict[str, Any], ids: set[Any]) -> dict[str, Any]:
-    return content | {
-        "images": [image for image in content["images"] if image["id"] in ids],
-        "annotations": [a for a in content["annotations"] if a["image_id"] in ids],
     }

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +85,21 @@ class Run:
 
     def execute(
         self,
-        train_script: Path,
+        train: Sequence[str],
         environment: Mapping[str, str],
         started: Callable[[subprocess.Popen[bytes]], None],
     ) -> int:
         """Train and evaluate, from the last checkpoint where there is one.
 
         Args:
-            train_script: train_net.py.
+            train: what Python is started with: the training script, or -m and the module.
             environment: variables to set.
             started: called with the process, so that it can be ended.
 
         Returns:
             the exit code.
         """
-        command = [sys.executable, str(train_script), "--config-file", str(self.config_file)]
+        command = [sys.executable, *train, "--config-file", str(self.config_file)]
         if (self.folder / "last_checkpoint").is_file():
             command.append("--resume")
         before, start = self.record, time.monotonic()

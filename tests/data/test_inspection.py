@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import check_dataset
 import cv2
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
 
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.data.anchors import AnchorGrid, anchor_recall, best_anchor_iou, scaled_boxes
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
 from iou_balanced_d2.data.inspection import (
@@ -220,7 +220,7 @@ def test_the_tool_draws_boxes(own_data, tmp_path, monkeypatch, capsys):
         *options,
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    assert check_dataset.main() == 0
+    assert run_command("check") == 0
     assert len(list((tmp_path / "p").glob("own_*.jpg"))) == 4
 
 
@@ -234,7 +234,7 @@ def test_the_tool_reports_and_changes_nothing(own_data, content, monkeypatch, ca
         _, options = config_of(own_data)
         argv = ["check_dataset.py", "--config-file", CONFIG, *flags, *options]
         monkeypatch.setattr(sys, "argv", argv)
-        return check_dataset.main(), capsys.readouterr().out
+        return run_command("check"), capsys.readouterr().out
 
     code, out = run()
     assert code == 1  # for the missing image

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-import train_net
+from iou_balanced_d2.commands import run_command, train_net
 from iou_balanced_d2.engine import Trainer, trainer
 from iou_balanced_d2.engine import main as train_main
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
@@ -126,7 +126,7 @@ def main(cfg, args):
 def command():
     """train_net.py with :func:`main`."""
     train_net.main = main
-    return train_net.run()
+    return run_command("train")
 
 
 def start(fault, config, *args):

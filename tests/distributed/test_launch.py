@@ -18,9 +18,9 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed import distributed_c10d
 
+from iou_balanced_d2.arguments import launch_argument_parser
 from iou_balanced_d2.engine.agreement import CommonError
 from iou_balanced_d2.engine.launch import Placement, _join, find_placement, launch
-from iou_balanced_d2.engine.main import launch_argument_parser
 from iou_balanced_d2.errors import UserError
 
 from ..command import ROOT

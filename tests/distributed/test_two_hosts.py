@@ -24,6 +24,8 @@ import yaml
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
+from iou_balanced_d2.commands import run_command
+from iou_balanced_d2.commands import train_net as train_net_module
 from iou_balanced_d2.engine.config import load_config
 from iou_balanced_d2.engine.trainer import Trainer
 
@@ -72,9 +74,8 @@ def recording_main(cfg, args):
 def train_net():
     """``train_net.py`` with that ``main``."""
     sys.argv[0] = "train_net.py"
-    script = importlib.import_module("train_net")
-    script.main = recording_main
-    return script.run()
+    train_net_module.main = recording_main
+    return run_command("train")
 
 
 def write_data(folder):

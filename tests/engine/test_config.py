@@ -6,7 +6,8 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from iou_balanced_d2.engine import load_config, parse_arguments
+from iou_balanced_d2.arguments import parse
+from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.engine.checks import check_launch, check_weights, warn_linear_rule
 from iou_balanced_d2.engine.config import choose_device
 from iou_balanced_d2.errors import UserError
@@ -66,14 +67,14 @@ def test_unknown_and_unfit_options_are_explained():
 
 
 def test_misplaced_flags_and_keys_without_value_are_refused():
-    args = parse_arguments(["--num-gpus", "4", "--config-file", R50, "SOLVER.BASE_LR", "-1"])
+    args = parse("train", ["--num-gpus", "4", "--config-file", R50, "SOLVER.BASE_LR", "-1"])
     assert (args.num_gpus, args.opts) == (4, ["SOLVER.BASE_LR", "-1"])
     opts = ["--config-file", R50, "SOLVER.BASE_LR", ".01"]
-    assert "--num-gpus must stand before" in refusal(parse_arguments, [*opts, "--num-gpus", "4"])
+    assert "--num-gpus must stand before" in refusal(parse, "train", [*opts, "--num-gpus", "4"])
     assert "'.01' is left over" in refusal(
-        parse_arguments, ["--config-file", R50, "SEED", "1", ".01"]
+        parse, "train", ["--config-file", R50, "SEED", "1", ".01"]
     )
-    assert "--config-file is required" in refusal(parse_arguments, [])
+    assert "--config-file is required" in refusal(parse, "train", [])
 
 
 def test_default_device_falls_back_to_the_cpu_but_an_explicit_one_does_not(monkeypatch):

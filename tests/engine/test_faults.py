@@ -65,11 +65,11 @@ def test_out_of_memory_in_an_evaluation_names_its_own():
 def test_a_training_out_of_memory_is_one_line(own_config):
     """Address space for images far larger than the process may have."""
     code = (
-        "import resource, sys, train_net\n"
+        "import resource, sys, iou_balanced_d2.commands.train_net\n"
         "from pathlib import Path\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10**9,) * 2)\n"
-        "sys.exit(train_net.run())"
+        "sys.exit(iou_balanced_d2.commands.run_command('train'))"
     )
     size = ["INPUT.MIN_SIZE_TRAIN", "(6000,)", "INPUT.MAX_SIZE_TRAIN", "6000"]
     code, out, err = run_code(code, own_config, *size)
@@ -156,7 +156,8 @@ def test_a_user_s_error_from_a_worker_is_its_last_line():
 
 
 FULL = """
-import logging, os, sys, train_net
+import logging, os, sys
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.engine import Trainer
 train = Trainer.train
 def train_on_a_full_disk(trainer):
@@ -164,7 +165,7 @@ def train_on_a_full_disk(trainer):
     os.dup2(os.open("/dev/full", os.O_WRONLY), log.fileno())
     return train(trainer)
 Trainer.train = train_on_a_full_disk
-sys.exit(train_net.run())
+sys.exit(run_command("train"))
 """
 
 

@@ -1,6 +1,5 @@
 """Carrying out a protocol, with a training script that takes no time."""
 
-import importlib
 import json
 import re
 import shutil
@@ -8,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from iou_balanced_d2.commands import reproduce as reproduce_command
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
@@ -65,7 +67,9 @@ def experiment(tmp_path, coco):
             "seeds": [1, 2],
             "memory_gib": 1.0,
         }
-        return Experiment(Protocol(**(protocol | changes)), tmp_path / "runs", FAKE, at_once=2)
+        return Experiment(
+            Protocol(**(protocol | changes)), tmp_path / "runs", at_once=2, train=[str(FAKE)]
+        )
 
     return make
 
@@ -152,16 +156,14 @@ def test_too_few_images_to_hold_out(tmp_path, coco):
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch):
     """tools/reproduce.py with the fake training; the exit code."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool = importlib.import_module("reproduce")
-    monkeypatch.setattr(tool, "TRAIN_SCRIPT", FAKE)
+    monkeypatch.setattr(reproduce_command, "Experiment", partial(Experiment, train=[str(FAKE)]))
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["reproduce.py", *arguments])
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            return tool.main()
+            return run_command("reproduce")
         finally:
             signal.signal(signal.SIGTERM, handler)
 
@@ -259,14 +261,13 @@ def test_an_end_from_outside_ends_the_runs(tmp_path):
         "seeds: [1], memory_gib: 1}"
     )
     code = (
-        "import pathlib, sys, reproduce\n"
-        f"reproduce.TRAIN_SCRIPT = pathlib.Path({str(script)!r})\n"
-        "sys.exit(reproduce.main())"
+        "import sys; from iou_balanced_d2 import commands; from functools import partial\n"
+        "from iou_balanced_d2.commands import reproduce\n"
+        f"reproduce.Experiment = partial(reproduce.Experiment, train=[{str(script)!r}])\n"
+        "sys.exit(commands.run_command('reproduce'))"
     )
     command = [sys.executable, "-c", code, "toy.yaml", "--output", "out", "--at-once", "1"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": ""}
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     pid_file = tmp_path / "out/s/v/seed1/pid"
     wait_for(lambda: pid_file.exists() and pid_file.read_text(), seconds=120)
     process.send_signal(signal.SIGTERM)

@@ -4,12 +4,12 @@ import json
 import re
 import sys
 
-import compare_runs
 import numpy as np
 import pytest
 
 from iou_balanced_d2.analysis.comparison import compare_sides, write_comparison
 from iou_balanced_d2.analysis.comparison.by_dataset import METRICS
+from iou_balanced_d2.commands import compare_runs, run_command
 from iou_balanced_d2.errors import UserError
 
 from ..analysis.drawn import draw_detections, draw_truth, write_run
@@ -39,7 +39,7 @@ def command(folder, monkeypatch, capsys):
         monkeypatch.chdir(folder)
         argv = ["compare_runs.py", *args, "--resamples", "200", "--ground-truth", truth]
         monkeypatch.setattr(sys, "argv", argv)
-        code = compare_runs.main()
+        code = run_command("compare")
         return code, *capsys.readouterr()
 
     return run
@@ -161,7 +161,7 @@ def test_sides_must_fit_together(folder, tmp_path, capsys, monkeypatch):
     runs = [run("a", "fit_one"), run("b", "fit_two"), run("c", "fit_one", "drop")]
     for other, message in ((runs[1], "have different data sets"), (runs[2], "treat difficult")):
         monkeypatch.setattr(sys, "argv", ["compare_runs.py", runs[0], other])
-        assert compare_runs.main() == 2
+        assert run_command("compare") == 2
         assert message in capsys.readouterr().err
 
 
@@ -205,11 +205,11 @@ def test_records_of_several_data_sets_are_pooled(tmp_path, monkeypatch, capsys):
     report = tmp_path / "report"
     argv = ["compare_runs.py", "--by-dataset", f"{tmp_path}/*.json", "--output", str(report)]
     monkeypatch.setattr(sys, "argv", argv)
-    assert compare_runs.main() == 0
+    assert run_command("compare") == 0
     out = capsys.readouterr().out
     assert "both against base on 2 data sets" in out
     assert "| **all, random effects** |" in out
     assert (report / "forest_both.png").exists()
     monkeypatch.setattr(sys, "argv", [*argv, "--ground-truth", "a=b"])
-    assert compare_runs.main() == 2
+    assert run_command("compare") == 2
     assert "--ground-truth" in capsys.readouterr().err

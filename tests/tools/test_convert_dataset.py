@@ -3,10 +3,11 @@
 import json
 import sys
 
-import convert_dataset
 import pytest
 from PIL import Image
 
+from iou_balanced_d2.arguments import CONVERTED_FORMATS
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.data.coco_format import read_coco_json
 
 globox_only = pytest.mark.usefixtures("globox")
@@ -33,7 +34,7 @@ def command(folder, monkeypatch, capsys):
     def run(*args):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["convert_dataset.py", *args, "--images", "photos"])
-        code = convert_dataset.main()
+        code = run_command("convert")
         return code, *capsys.readouterr()
 
     return run
@@ -186,7 +187,7 @@ def test_without_globox_one_line_says_what_to_install(folder, command, monkeypat
     assert err == ("convert_dataset.py: error: this format is read by globox: pip install globox\n")
 
 
-@pytest.mark.parametrize("kind", convert_dataset.FORMATS)
+@pytest.mark.parametrize("kind", CONVERTED_FORMATS)
 @pytest.mark.parametrize("place", ["nowhere", "photos", "photos/a.jpg"])
 def test_a_wrong_place_is_one_line(folder, command, kind, place):
     code, out, err = command(kind, place, "out.json")

@@ -1,6 +1,5 @@
 """demo/demo.py on pictures and a video."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,22 +9,20 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
+from iou_balanced_d2.commands import demo as demo_module
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import forget_own_data
 from ..toy import toy_model
 
 CONFIG = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-SCRIPT = Path(__file__).parent.parent.parent / "demo/demo.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def demo():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("iou_balanced_demo_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The command's module."""
+    return demo_module
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def run(demo, tmp_path, monkeypatch):
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, args)])
-        return demo.main()
+        return run_command("demo")
 
     return call
 

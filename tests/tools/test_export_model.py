@@ -4,7 +4,6 @@ import json
 import sys
 
 import cv2
-import export_model
 import onnx
 import onnxruntime
 import pytest
@@ -12,6 +11,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+from iou_balanced_d2.commands import export_model, run_command
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.model_zoo import get_config_file
 from iou_balanced_d2.modeling.export import (
@@ -61,7 +61,7 @@ def command(tmp_path, monkeypatch):
         argv = ["export_model.py", "--config-file", get_config_file(CONFIG), "--output", "out"]
         opts = [*TOY, "MODEL.WEIGHTS", weights]
         monkeypatch.setattr(sys, "argv", [*argv, *args, *opts])
-        return export_model.main()
+        return run_command("export")
 
     return run
 

@@ -5,8 +5,8 @@ import sys
 
 import cv2
 import pytest
-import visualize_results
 
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import forget_own_data
@@ -25,7 +25,7 @@ def command(tmp_path, own_data, monkeypatch):
     def run(*args):
         argv = ["visualize_results.py", "--config-file", config, *args, *options]
         monkeypatch.setattr(sys, "argv", argv)
-        return visualize_results.main()
+        return run_command("visualize")
 
     return run
 

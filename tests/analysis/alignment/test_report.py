@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import analyze_alignment
 import cv2
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import yaml
 
 from iou_balanced_d2.analysis.alignment import write_alignment_report
 from iou_balanced_d2.analysis.plots import save_figure
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
 
 from ...command import forget_own_data
@@ -55,7 +55,7 @@ def command(monkeypatch, tmp_path, draw_fast):
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["analyze_alignment.py", *map(str, args)])
-        return analyze_alignment.main()
+        return run_command("analyze")
 
     return run
 

@@ -1,0 +1,127 @@
+r"""Write a trained detector as a TorchScript or ONNX file, and check the file against it.
+
+python tools/export_model.py --config-file my.yaml --format onnx --output exported \
+    MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import AugInput
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from ..data.loading import build_mapper
+from ..engine import load_config
+from ..engine.checkpoint import RobustCheckpointer
+from ..engine.checks import check_weights
+from ..errors import UserError
+from ..modeling.export import (
+    OUTPUT_NAMES,
+    Detections,
+    detect,
+    export_onnx,
+    export_torchscript,
+    plain_detector,
+)
+
+FORMATS = {"torchscript": ("model.ts", export_torchscript), "onnx": ("model.onnx", export_onnx)}
+# Largest difference of boxes (pixels) and scores between the file and the detector that is only
+# rounding.
+TOLERANCE = 1e-2
+
+
+def sample_image(cfg: CfgNode, file: str | None) -> Tensor:
+    """An image, (3, H, W) float32, resized as in evaluation."""
+    if file is None:
+        image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    else:
+        try:
+            image = read_image(file, cfg.INPUT.FORMAT)
+        except OSError as error:
+            reason = error.strerror or "not an image"
+            raise UserError(f"--image {file!r} can't be read: {reason}") from error
+    augmented = AugInput(image)
+    build_mapper(cfg, is_train=False).augmentations(augmented)
+    return torch.from_numpy(augmented.image.transpose(2, 0, 1).astype("float32"))
+
+
+def run_file(path: str) -> Callable[[Tensor], Detections] | None:
+    """The exported file as a function; None if there is nothing to run it with."""
+    if path.endswith(".ts"):
+        return torch.jit.load(path)
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def detect_in(image: Tensor) -> Detections:
+        boxes, scores, classes = session.run(None, {"image": image.numpy()})
+        return torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(classes)
+
+    return detect_in
+
+
+def check(path: str, expected: Detections, image: Tensor) -> str:
+    """Compare the file with the detector; returns what came out, as words."""
+    function = run_file(path)
+    if function is None:
+        return "not checked: that takes the package onnxruntime"
+    found = function(image)
+    if len(found[0]) != len(expected[0]):
+        return f"WARNING: {len(found[0])} detections, where the detector has {len(expected[0])}"
+    pairs = zip(OUTPUT_NAMES, found, expected, strict=True)
+    largest = {name: (a - b).abs().max().item() if len(a) else 0.0 for name, a, b in pairs}
+    words = ", ".join(f"{name} {value:.1g}" for name, value in largest.items())
+    verdict = "checked" if max(largest.values()) <= TOLERANCE else "WARNING: not equal"
+    return f"{verdict}: {len(found[0])} detections, largest difference: {words}"
+
+
+def describe(cfg: CfgNode) -> dict[str, object]:
+    """What a user of the file has to know."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    return {
+        "input": "image: (3, H, W) float32, values 0 to 255, one image",
+        "channels": cfg.INPUT.FORMAT,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "outputs": "boxes (D, 4) XYXY in pixels of the input, scores (D,), classes (D,)",
+        "class_names": list(metadata.get("thing_classes", [])) if metadata else [],
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the file and model.json, and check the file."""
+    # From detectron2's anchor generator and about TorchScript's future; the user can't change them.
+    for message in ("torch.meshgrid", ".*torch.jit.load"):
+        warnings.filterwarnings("ignore", message=message)
+    cfg = load_config(args.config_file, args.opts)
+    cfg.MODEL.DEVICE = "cpu"
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("nothing to export: give MODEL.WEIGHTS FILE at the end of the command")
+    check_weights(cfg, resume=False, eval_only=True)
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
+    image = sample_image(cfg, args.image)
+    model = build_model(cfg)
+    plain = plain_detector(model)
+    RobustCheckpointer(plain).load(cfg.MODEL.WEIGHTS)
+    name, write = FORMATS[args.format]
+    path = os.path.join(args.output, name)
+    write(plain, image, path)
+    with open(os.path.join(args.output, "model.json"), "w", encoding="utf-8") as f:
+        json.dump(describe(cfg), f, indent=2)
+    with torch.no_grad():
+        expected = detect(plain, [{"image": image}])
+    print(f"{path} written; {check(path, expected, image)}")

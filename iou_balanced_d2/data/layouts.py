@@ -1,0 +1,205 @@
+"""Which data set a folder holds: COCO's, VOC's or YOLO's layout, and its splits."""
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from .coco import CocoSource
+from .coco_format import clean_coco, load_json
+from .conversion import CACHE_FOLDER, Source
+from .formats import hint_for_folder
+from .voc import IMAGE_SUFFIXES, VocSource, parse_voc_xml, voc_content
+from .yolo import YoloSource
+
+# Where splits are kept that a set without any got; no data set of its own.
+SPLITS_FOLDER = "iou_balanced_splits"
+_DEPTH = 3  # folders below the data set's in which files are looked for
+# Words of file and folder names, in the order in which they are looked for.
+_SPLIT_OF = {"train": "train", "val": "valid", "dev": "valid", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a data set.
+
+    Attributes:
+        key: of the config, "COCO_JSON", "VOC_FOLDER" or "YOLO_FOLDER" of DATASETS.
+        place: what stands behind the name in the key's entry, paths absolute.
+        content: clean, see :func:`~iou_balanced_d2.data.coco_format.read_coco_json`.
+        image_root: what the images' file names are relative to.
+    """
+
+    key: str
+    place: list[str]
+    content: dict[str, Any]
+    image_root: str
+
+
+def find_splits(folder: Path) -> dict[str, Split]:
+    """Recognise the layout of a data set and read its annotations.
+
+    Args:
+        folder: the data set's.
+
+    Returns:
+        the splits it has, of "train", "valid" and "test"; "train" is all of a set without splits.
+
+    Raises:
+        UserError: if the layout is not known, or a file can't be understood.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; name the one that holds photos and annotations")
+    folder = folder.resolve()
+    found = _yolo(folder) or _voc(folder) or _coco(folder)
+    if not found:
+        raise UserError(
+            f"{folder}: neither COCO's layout (JSON files with images, annotations and categories) "
+            "nor VOC's (Annotations, JPEGImages) nor YOLO's (data.yaml); other formats are read by "
+            f"iou-balanced-d2 convert{hint_for_folder(str(folder))}"
+        )
+    if "train" not in found:
+        raise UserError(f"{folder}: has a split {', '.join(found)}, but none to train on")
+    return {name: found[name] for name in ("train", "valid", "test") if name in found}
+
+
+def split_images(
+    content: dict[str, Any], share: float, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draw a share of the images by a fixed seed.
+
+    Args:
+        content: clean.
+        share: of the images, above 0.
+        name: of the data set, for the error.
+
+    Returns:
+        content of the others, and of those drawn.
+
+    Raises:
+        UserError: if one would be without images.
+    """
+    ids = sorted(image["id"] for image in content["images"])
+    drawn = set(random.Random(0).sample(ids, round(share * len(ids))))
+    if not 0 < len(drawn) < len(ids):
+        raise UserError(f"data set {name!r}: {len(ids)} images, too few to hold out {share:.0%}")
+    return _subset(content, set(ids) - drawn), _subset(content, drawn)
+
+
+def _subset(content: dict[str, Any], ids: set[Any]) -> dict[str, Any]:
+    return content | {
+        "images": [image for image in content["images"] if image["id"] in ids],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in ids],
+    }
+
+
+def _split_of(name: str) -> str | None:
+    return next((split for word, split in _SPLIT_OF.items() if word in name.lower()), None)
+
+
+def _convert(key: str, place: list[str], source: Source) -> Split:
+    return Split(key, place, clean_coco(source.convert()), source.image_root)
+
+
+def _yolo(folder: Path) -> dict[str, Split]:
+    for file in sorted(folder.glob("*.y*ml"), key=lambda f: f.name != "data.yaml"):
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        if isinstance(content, dict) and {"names", "train"} <= content.keys():
+            return {
+                split: _convert("YOLO_FOLDER", [str(file), name], YoloSource(str(file), name))
+                for name, split in (("train", "train"), ("val", "valid"), ("test", "test"))
+                if content.get(name)
+            }
+    return {}
+
+
+def _voc(folder: Path) -> dict[str, Split]:
+    if not ((folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()):
+        return {}
+    lists = {path.stem for path in folder.glob("ImageSets/Main/*.txt")}
+    chosen = {
+        split: next((name for name in names if name in lists), None)
+        for split, names in {
+            "train": ("train", "trainval"), "valid": ("val", "valid"), "test": ("test",),
+        }.items()
+    }  # fmt: skip
+    if not chosen["train"]:
+        return {"train": _voc_without_lists(folder)}
+    return {
+        split: _convert(
+            "VOC_FOLDER", [str(folder), name], VocSource(str(folder), (("", name),), None)
+        )
+        for split, name in chosen.items()
+        if name
+    }
+
+
+def _voc_without_lists(folder: Path) -> Split:
+    """All photos that have an annotation; as COCO's content, since no list can be named."""
+    images = {p.stem: p for p in (folder / "JPEGImages").iterdir() if p.suffix in IMAGE_SUFFIXES}
+    scenes = [
+        (str(xml), f"JPEGImages/{images[xml.stem].name}", parse_voc_xml(str(xml), xml.read_bytes()))
+        for xml in sorted((folder / "Annotations").glob("*.xml"))
+        if xml.stem in images
+    ]
+    classes = sorted({name for *_, scene in scenes for name, _, _ in scene.objects})
+    return Split("", [], clean_coco(voc_content(scenes, classes)), str(folder))
+
+
+def _coco(folder: Path) -> dict[str, Split]:
+    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for file in _files(folder, ".json"):
+        content = load_json(str(file))
+        if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+            split = _split_of(file.stem) or _split_of(file.parent.relative_to(folder).as_posix())
+            found.setdefault(split or "train", []).append((file, content))
+    splits = {}
+    for split, files in found.items():
+        # Beside COCO's instances there are key points of the same images.
+        files = [x for x in files if x[0].stem.startswith("instances")] or files
+        if len(files) > 1:
+            names = " and ".join(str(file) for file, _ in files[:2])
+            raise UserError(f"{names}: both could be the {split} split; move one of them away")
+        (file, content) = files[0]
+        root = _image_root(folder, file, content)
+        splits[split] = _convert("COCO_JSON", [str(file), root], CocoSource(str(file), root))
+    return splits
+
+
+def _files(folder: Path, suffix: str) -> Iterator[Path]:
+    for path, names in _walk(folder):
+        yield from (path / name for name in sorted(names) if name.lower().endswith(suffix))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders and their files, some levels deep, without hidden ones and our own."""
+    for path, folders, files in os.walk(folder):
+        depth = len(Path(path).relative_to(folder).parts)
+        usable = [f for f in folders if f[0] != "." and f not in (CACHE_FOLDER, SPLITS_FOLDER)]
+        folders[:] = sorted(usable) if depth < _DEPTH else []
+        yield Path(path), files
+
+
+def _image_root(folder: Path, file: Path, content: dict[str, Any]) -> str:
+    """The folder that has the images of a COCO file: that beside it, or one of the data set's."""
+    images = [i for i in content["images"] if isinstance(i, dict) and i.get("file_name")]
+    names = [str(image["file_name"]).replace("\\", "/") for image in (images[:1] + images[-1:])]
+    for root in (file.parent, *(path for path, _ in _walk(folder))):
+        if names and all((root / name).is_file() for name in names):
+            return str(root)
+    shown = names[0] if names else "no image"
+    raise UserError(f"{file}: its images ({shown}, ...) are in no folder below {folder}")
+
+
+def dataset_name(folder: Path, split: str) -> str:
+    """A name for a split, which also names a folder: "vehicles_train"."""
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', folder.resolve().name).strip('_.')}_{split}"

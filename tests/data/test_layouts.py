@@ -1,0 +1,146 @@
+"""The layout of a data set's folder and its splits are found; the oracle is what was written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iou_balanced_d2.data.layouts import dataset_name, find_splits, split_images
+from iou_balanced_d2.errors import UserError
+
+XML = """<annotation><size><width>64</width><height>64</height></size>
+<object><name>square</name><bndbox><xmin>9</xmin><ymin>{0}</ymin><xmax>36</xmax><ymax>{1}</ymax>
+</bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def photos(own_data, tmp_path):
+    """The four images of own_data in a folder of their own, without annotations."""
+    shutil.copytree(own_data[1], tmp_path / "set/images")
+    return tmp_path / "set"
+
+
+def write_coco(own_data, file, ids=(0, 1, 2, 3)):
+    content = json.loads(Path(own_data[0]).read_text())
+    content["images"] = [i for i in content["images"] if i["id"] in ids]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def write_voc(folder, lists):
+    (folder / "images").rename(folder / "JPEGImages")
+    (folder / "Annotations").mkdir()
+    for i in range(4):
+        (folder / f"Annotations/{i}.xml").write_text(XML.format(11 + i, 40 + i))
+    for name, ids in lists.items():
+        (folder / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (folder / f"ImageSets/Main/{name}.txt").write_text("\n".join(ids))
+
+
+def write_yolo(folder, splits):
+    for i in range(4):
+        (folder / "labels").mkdir(exist_ok=True)
+        (folder / f"labels/{i}.txt").write_text(f"0 {22 / 64} {(25 + i) / 64} {28 / 64} {30 / 64}")
+    for split in splits:
+        (folder / f"{split}.txt").write_text("images/0.png\nimages/1.png")
+    lists = {split: f"{split}.txt" for split in splits}
+    (folder / "data.yaml").write_text(yaml.safe_dump({"names": ["square", "circle"], **lists}))
+
+
+def check_boxes(splits):
+    """The boxes of own_data: XYWH 8, 10 + i, 28, 30."""
+    for split in splits.values():
+        names = {i["id"]: Path(i["file_name"]).stem for i in split.content["images"]}
+        assert all((Path(split.image_root) / i["file_name"]).is_file()
+                   for i in split.content["images"])  # fmt: skip
+        for a in split.content["annotations"]:
+            assert a["bbox"] == pytest.approx([8, 10 + int(names[a["image_id"]]), 28, 30])
+
+
+def sizes(splits):
+    return {name: len(split.content["images"]) for name, split in splits.items()}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"annotations/instances_train2017.json": (0, 1, 2), "annotations/instances_val.json": (3,)},
+        {"train.json": (0, 1, 2), "valid.json": (3,)},
+        {"train/_annotations.coco.json": (0, 1, 2), "dev/_annotations.coco.json": (3,)},
+    ],
+)
+def test_coco(photos, own_data, files):
+    for file, ids in files.items():
+        write_coco(own_data, photos / file, ids)
+    write_coco(own_data, photos / "iou_balanced_cache/train.json")
+    (photos / "notes.json").write_text("[]")
+    splits = find_splits(photos)
+    assert sizes(splits) == {"train": 3, "valid": 1}
+    assert splits["train"].key == "COCO_JSON"
+    assert splits["train"].place == [str(photos / next(iter(files))), str(photos / "images")]
+    check_boxes(splits)
+
+
+def test_coco_without_splits_and_with_too_many(photos, own_data):
+    write_coco(own_data, photos / "labels.json")
+    assert sizes(find_splits(photos)) == {"train": 4}
+    write_coco(own_data, photos / "others.json")
+    with pytest.raises(UserError, match=r"labels.json and .*others.json: both could be the train"):
+        find_splits(photos)
+
+
+def test_voc(photos):
+    write_voc(photos, {"trainval": "012", "test": "3", "square_trainval": "0"})
+    splits = find_splits(photos)
+    assert sizes(splits) == {"train": 3, "test": 1}
+    assert splits["train"].key == "VOC_FOLDER"
+    assert splits["train"].place == [str(photos), "trainval"]
+    check_boxes(splits)
+
+
+def test_voc_without_lists(photos):
+    write_voc(photos, {})
+    splits = find_splits(photos)
+    assert sizes(splits) == {"train": 4}
+    check_boxes(splits)
+
+
+def test_yolo(photos):
+    write_yolo(photos, ["train", "val"])
+    splits = find_splits(photos)
+    assert sizes(splits) == {"train": 2, "valid": 2}
+    assert splits["valid"].key == "YOLO_FOLDER"
+    assert splits["valid"].place == [str(photos / "data.yaml"), "val"]
+    check_boxes(splits)
+
+
+def test_what_is_no_data_set_is_one_line(photos, own_data):
+    with pytest.raises(UserError, match=r"neither COCO's layout .* nor VOC's .* nor YOLO's"):
+        find_splits(photos)
+    with pytest.raises(UserError, match=r"no: not a folder"):
+        find_splits(photos / "no")
+    write_coco(own_data, photos / "test.json")
+    with pytest.raises(UserError, match="has a split test, but none to train on"):
+        find_splits(photos)
+    shutil.rmtree(photos / "images")
+    with pytest.raises(UserError, match=r"its images \(0.png, ...\) are in no folder below"):
+        find_splits(photos)
+
+
+def test_the_same_share_is_drawn_each_time(own_data, photos):
+    write_coco(own_data, photos / "all.json")
+    content = find_splits(photos)["train"].content
+    rest, drawn = split_images(content, 0.25, "set")
+    assert (rest, drawn) == split_images(content, 0.25, "set")
+    ids = [{i["id"] for i in part["images"]} for part in (rest, drawn)]
+    assert len(ids[1]) == 1
+    assert ids[0] | ids[1] == {0, 1, 2, 3}
+    for part in (rest, drawn):
+        assert {a["image_id"] for a in part["annotations"]} == {i["id"] for i in part["images"]}
+
+
+def test_names_of_folders_become_names_of_data_sets(tmp_path):
+    assert dataset_name(tmp_path / "my photos/", "train") == "my_photos_train"
