@@ -211,7 +211,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     add = parser.add_argument
-    add("--input", nargs="+", default=[], help="pictures, folders or patterns")
+    add("--input", nargs="+", default=[], help="pictures, patterns, folders")
     add("--video-input", metavar="FILE", help="a video")
     add("--output", required=True, metavar="FOLDER", help="for what is drawn")
     add("--confidence-threshold", type=float, default=0.5, help="lowest score drawn")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.integrate import trapezoid
 
 from ..losses import iou_balanced_smooth_l1_loss
-from .plots import COLORS, new_figure
+from .plots import new_figure, style
 
 Array = NDArray[Any]
 
@@ -149,10 +149,7 @@ def draw_gradients(curves: Sequence[Curve], file: Path) -> None:
         of_coordinate = [c for c in curves if c.coordinate == coordinate]
         for i, curve in enumerate(of_coordinate):
             error = np.linspace(0, 1, len(curve.formula))
-            # Smooth L1 comes first.
-            color, dashes = (
-                (COLORS[i % len(COLORS)], _DASHES[i % len(_DASHES)]) if i else ("k", "-")
-            )
+            color, dashes = style(i)["color"], _DASHES[i % len(_DASHES)] if i else "-"
             label = f"λ = {curve.lambda_:g}, w_loc = {curve.w_loc:.2f}" if i else "smooth L1"
             ax.plot(error, curve.formula, dashes, color=color, linewidth=2, label=label)
             shown = slice(4, None, 12)

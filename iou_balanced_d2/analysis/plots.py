@@ -14,7 +14,7 @@ MARKERS = "osD^vPX"
 
 
 def style(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th detector, as arguments of ``plot``."""
+    """Colour and marker of the i-th detector, as arguments of ``plot``; 0 is the baseline."""
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
 
 

@@ -21,11 +21,10 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine.defaults import DefaultPredictor
 from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..analysis.boxes import draw_boxes
 from ..data import prepare_dataset, register_datasets_of
 from ..data.coco_format import class_names, read_coco_json
 from ..data.images import fault_of
@@ -56,11 +55,25 @@ class Detector:
         self._threshold = threshold
         self.longest = cfg.INPUT.MAX_SIZE_TEST  # times the shorter side; nothing is left of others
         self.metadata = classes_of(cfg)
+        self.num_images, self.num_boxes, self.best_score = 0, 0, 0.0
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Detect in (H, W, 3) uint8 BGR."""
         found = self._predict(image)["instances"].to("cpu")
-        return found[found.scores >= self._threshold]
+        self.best_score = max([self.best_score, *found.scores.tolist()])
+        found = found[found.scores >= self._threshold]
+        self.num_images += 1
+        self.num_boxes += len(found)
+        return found
+
+    def summary(self) -> str:
+        """How many boxes there were, and what to do if there were none."""
+        text = f"{self.num_boxes} boxes of score {self._threshold:g} or more"
+        if self.num_boxes:
+            return text
+        if not self.best_score:
+            return f"{text}, nor of any other: does the model fit the pictures?"
+        return f"{text}: the best score is {self.best_score:.2f}, see --confidence-threshold"
 
 
 def classes_of(cfg: CfgNode) -> Metadata:
@@ -80,13 +93,25 @@ def classes_of(cfg: CfgNode) -> Metadata:
     return Metadata()
 
 
-def pictures_of(words: Sequence[str]) -> Iterator[str]:
-    """The files that paths, folders and patterns stand for; a path that is not there is kept."""
+def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
+    """The files that paths, folders and patterns stand for; a path that is not there is kept.
+
+    Folders are read with their subfolders, but not what was drawn before.
+
+    Raises:
+        UserError: if a folder has no pictures.
+    """
     for word in words:
         if os.path.isdir(word):
-            yield from sorted(
-                str(file) for file in Path(word).iterdir() if file.suffix.lower() in SUFFIXES
+            drawn = output.resolve() if Path(word).resolve() in output.resolve().parents else None
+            files = sorted(
+                str(file)
+                for file in Path(word).rglob("*")
+                if file.suffix.lower() in SUFFIXES and drawn not in file.resolve().parents
             )
+            if not files:
+                raise UserError(f"--input {word!r}: no pictures in this folder")
+            yield from files
         elif os.path.exists(word):
             yield word
         else:
@@ -116,15 +141,22 @@ def draw_pictures(detector: Detector, files: Sequence[str], output: Path) -> int
             tqdm.write(f"{file}: drawn with a side of {MAX_SIDE} pixels", file=sys.stderr)
         name = free_name(Path(file), written)
         keep_input(file, output / name)
-        write_picture(output / name, draw(image, detector(image), detector.metadata))
+        # Small ones are enlarged, huge ones reduced.
+        scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
+        picture = draw(image, detector(image), detector.metadata, scale)
+        write_picture(output / name, picture)
     return failed
 
 
-def draw(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """Draw detections on (h, w, 3) uint8 BGR; small ones enlarged, huge ones reduced."""
-    scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale)
-    return visualizer.draw_instance_predictions(found).get_image()[:, :, ::-1]
+def draw(image: np.ndarray, found: Instances, metadata: Metadata, scale: float) -> np.ndarray:
+    """Draw detections on (h, w, 3) uint8 BGR; (scale * h, scale * w, 3) uint8 BGR."""
+    classes, names = found.pred_classes.tolist(), metadata.get("thing_classes")
+    labels = [
+        f"{names[k] if names else k} {score:.0%}"
+        for k, score in zip(classes, found.scores.tolist(), strict=True)
+    ]
+    boxes = found.pred_boxes.tensor.numpy()
+    return draw_boxes(image[:, :, ::-1], boxes, classes, labels, scale)[:, :, ::-1]
 
 
 def free_name(file: Path, written: set[str]) -> str:
@@ -165,11 +197,9 @@ def draw_video(detector: Detector, file: str, output: Path) -> int:
             return 1
         size = (frame.shape[1], frame.shape[0])
         writer, written = open_writer(file, output / Path(file).stem, video, size)
-        visualizer = VideoVisualizer(detector.metadata)
         with tqdm(total=max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None) as progress:
             while ok:
-                drawn = visualizer.draw_instance_predictions(frame[:, :, ::-1], detector(frame))
-                writer.write(cv2.resize(drawn.get_image()[:, :, ::-1], size))
+                writer.write(draw(frame, detector(frame), detector.metadata, scale=1))
                 progress.update()
                 ok, frame = video.read()
         writer.release()
@@ -214,12 +244,14 @@ def run(args: argparse.Namespace) -> int:
     # Warned of by detectron2's anchor generator; the user can't change it.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     detector = Detector(cfg, args.confidence_threshold)
-    files = list(pictures_of(args.input))
+    files = list(pictures_of(args.input, output))
     failed = draw_pictures(detector, files, output)
     if len(files) > failed:
         print(f"{len(files) - failed} pictures: {output}")
     if args.video_input:
         failed += draw_video(detector, args.video_input, output)
+    if detector.num_images:
+        print(detector.summary())
     if failed:
         print(f"demo.py: {failed} file(s) could not be read, see above", file=sys.stderr)
     return 1 if failed else 0

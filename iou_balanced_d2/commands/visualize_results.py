@@ -14,10 +14,10 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import BoxMode
 from tqdm import tqdm
 
+from ..analysis.boxes import draw_boxes
 from ..data import check_datasets
 from ..engine import load_config
 from ..errors import UserError
@@ -37,27 +37,34 @@ def read_detections(cfg: CfgNode, name: str) -> dict[int, list[dict[str, Any]]]:
     return by_image
 
 
-def to_instances(
-    detections: list[dict[str, Any]], size: tuple[int, int], metadata: Metadata, threshold: float
-) -> Instances:
-    """COCO detections of one image (height, width) as detectron2 Instances, best score first."""
-    kept = sorted((d for d in detections if d["score"] >= threshold), key=lambda d: -d["score"])
-    to_class = metadata.get("thing_dataset_id_to_contiguous_id")
-    boxes = np.array([d["bbox"] for d in kept], dtype=np.float32).reshape(-1, 4)
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-    instances.scores = np.array([d["score"] for d in kept])
-    instances.pred_classes = np.array([to_class[d["category_id"]] for d in kept], dtype=int)
-    return instances
-
-
-def draw_pair(record: dict[str, Any], instances: Instances, metadata: Metadata) -> np.ndarray:
-    """Predictions on the left, ground truth on the right; (H, W, 3) uint8 RGB."""
+def draw_pair(
+    record: dict[str, Any], found: list[dict[str, Any]], metadata: Metadata, threshold: float
+) -> np.ndarray:
+    """Detections on the left, ground truth on the right; (H, W, 3) uint8 RGB."""
     image = read_image(record["file_name"], "RGB")
     scale = max(1.0, MIN_WIDTH / image.shape[1])
-    left = Visualizer(image, metadata, scale=scale).draw_instance_predictions(instances)
-    right = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
-    return np.concatenate([left.get_image(), right.get_image()], axis=1)
+    names, to_class = metadata.thing_classes, metadata.get("thing_dataset_id_to_contiguous_id")
+    kept = sorted((d for d in found if d["score"] >= threshold), key=lambda d: -d["score"])
+    boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in kept]
+    classes = [to_class[d["category_id"]] for d in kept]
+    labels = [f"{names[k]} {d['score']:.0%}" for k, d in zip(classes, kept, strict=True)]
+    left = draw_boxes(image, boxes, classes, labels, scale)
+    objects = record.get("annotations", [])
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+    classes = [a["category_id"] for a in objects]
+    labels = [names[a["category_id"]] + "|crowd" * a.get("iscrowd", 0) for a in objects]
+    right = draw_boxes(image, boxes, classes, labels, scale)
+    title = f"detections of score {threshold:g} or more"
+    return np.concatenate([titled(left, title), titled(right, "ground truth")], axis=1)
+
+
+def titled(picture: np.ndarray, title: str) -> np.ndarray:
+    """The picture (H, W, 3) uint8 under a white strip with its title."""
+    height = max(32, picture.shape[1] // 20)
+    strip = np.full((height, *picture.shape[1:]), 255, np.uint8)
+    place, size = (height // 4, height * 3 // 4), height / 40
+    cv2.putText(strip, title, place, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), height // 16)
+    return np.concatenate([strip, picture])
 
 
 def free_name(stem: str, written: set[str]) -> str:
@@ -79,9 +86,7 @@ def visualize(cfg: CfgNode, output: Path, num_images: int, threshold: float) -> 
         output.mkdir(parents=True, exist_ok=True)
         written: set[str] = set()
         for record in tqdm(records[:num_images], desc=name):
-            size = (record["height"], record["width"])
-            found = detections[record["image_id"]]
-            picture = draw_pair(record, to_instances(found, size, metadata, threshold), metadata)
+            picture = draw_pair(record, detections[record["image_id"]], metadata, threshold)
             path = output / free_name(f"{name}_{Path(record['file_name']).stem}", written)
             if not cv2.imwrite(str(path), picture[:, :, ::-1]):
                 raise UserError(f"{path} can't be written")

@@ -78,7 +78,7 @@ def test_a_folder_is_drawn_above_the_threshold(run_fast, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "found").iterdir()) == [f"{i}.png" for i in range(4)]
     assert drawn(tmp_path / "found/0.png", (45, 30, 55, 52)) > 200
     assert drawn(tmp_path / "found/0.png", (3, 3, 7, 14)) == 0, "score .4 is below"
-    assert "4 pictures: found" in capsys.readouterr().out
+    assert "4 pictures: found\n4 boxes of score 0.5 or more\n" in capsys.readouterr().out
     assert run_fast("--input", "images/0.png", "--confidence-threshold", 0.3) == 0
     assert drawn(tmp_path / "found/0.png", (3, 3, 7, 14)) > 100
 
@@ -89,6 +89,33 @@ def test_names_of_the_classes_are_those_of_the_data_set(demo, own_data):
         CONFIG, ["DATASETS.COCO_JSON", repr((("own", *own_data),)), "DATASETS.TEST", "('own',)"]
     )
     assert demo.classes_of(cfg).thing_classes == ["square", "circle"]
+
+
+@pytest.mark.parametrize(("scores", "message"), [
+    ([0.9, 0.4], "0 boxes of score 0.95 or more: the best score is 0.90, see --confidence-thr"),
+    ([], "0 boxes of score 0.95 or more, nor of any other: does the model fit the pictures?"),
+])  # fmt: skip
+def test_without_a_box_the_best_score_is_said(run_fast, monkeypatch, capsys, scores, message):
+    find = _Finder.__call__
+    found = lambda self, x: {"instances": find(self, x)["instances"][: len(scores)]}  # noqa: E731
+    monkeypatch.setattr(_Finder, "__call__", found)
+    assert run_fast("--input", "images", "--confidence-threshold", 0.95) == 0
+    assert message in capsys.readouterr().out
+
+
+def test_folders_are_read_with_their_subfolders(run_fast, tmp_path, capsys):
+    """But not what was drawn before, nor a folder without pictures."""
+    for name in ("a/0.png", "b/deep/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / Path(name).name).rename(tmp_path / name)
+    for _ in range(2):
+        assert run_fast("--input", ".") == 0
+        assert sorted(p.name for p in (tmp_path / "found").iterdir()) == [
+            f"{i}.png" for i in range(4)
+        ]
+    (tmp_path / "empty/er").mkdir(parents=True)
+    assert run_fast("--input", "empty") == 2
+    assert "--input 'empty': no pictures in this folder" in capsys.readouterr().err
 
 
 def test_patterns_and_equal_names(run_fast, tmp_path):

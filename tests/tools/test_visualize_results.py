@@ -42,11 +42,13 @@ def test_detections_are_drawn_beside_the_ground_truth(tmp_path, command, capsys)
     pictures = sorted((tmp_path / "out/pictures").iterdir())
     assert [p.name for p in pictures] == ["own_0.png", "own_1.png"]
     images = [cv2.imread(str(p)) for p in pictures]
-    assert images[0].shape == (640, 1280, 3), "small images are enlarged"
+    assert images[0].shape == (672, 1280, 3), "small images are enlarged"
     # Below row 45 both images are plain grey, but for the detection drawn on the first one.
-    drawn = [(image[450:, :640] != 40).any(axis=2).sum() for image in images]
+    drawn = [(image[482:, :640] != 40).any(axis=2).sum() for image in images]
     assert drawn[0] > 500
     assert drawn[1] == 0
+    for half in (images[1][:32, :640], images[1][:32, 640:]):  # "detections", "ground truth"
+        assert 0.02 < (half < 128).mean() < 0.5
     assert "Pictures" in capsys.readouterr().out
 
 

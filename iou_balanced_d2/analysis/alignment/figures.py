@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
-from ..plots import COLORS, new_figure, save_figure, style
+from ..plots import new_figure, save_figure, style
 from .measures import IOU_BINS
 
 Array = NDArray[Any]
@@ -84,10 +85,12 @@ def draw_density(results: Results, file: Path) -> Path:
     """Number of detections by IoU and score, one panel a detector."""
     most = max(max(int(r["density"].max()) for r in results.values()), 2)
     figure, axes = new_figure(0.6 + 4.4 * len(results), 4.2, columns=len(results))
-    for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+    outline = [withStroke(linewidth=4, foreground="white")]
+    for i, (ax, (name, result)) in enumerate(zip(axes[0], results.items(), strict=True)):
         counts = np.where(result["density"] > 0, result["density"], np.nan).T
         mesh = ax.pcolormesh(_EDGES, _EDGES, counts, cmap="cividis", norm=LogNorm(1, most))
-        ax.plot(_CENTERS, result["iou_bins"]["mean_score"], color=COLORS[1], linewidth=2)
+        look = {"color": style(i)["color"], "linewidth": 2, "path_effects": outline}
+        ax.plot(_CENTERS, result["iou_bins"]["mean_score"], **look)
         ax.set(xlabel="IoU of the box", title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.grid(False)
     axes[0, 0].set_ylabel("score (line: its mean)")

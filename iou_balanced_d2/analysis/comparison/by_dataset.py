@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ...errors import UserError
 from ...files import write_atomically, write_text
 from ..page import plain
-from ..plots import make_folder
+from ..plots import make_folder, style
 from .compare import compare_sides
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
@@ -138,10 +138,10 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     """
     folder = make_folder(folder)
     files, parts = [folder / "by_dataset.md", folder / "by_dataset.json"], []
-    for against in found:
+    for i, against in enumerate(found, start=1):
         title = f"{against.name} against {against.first}"
         file = folder / f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
-        figure = forest_plot(title, against.effects, against.pooled)
+        figure = forest_plot(title, against.effects, against.pooled, style(i)["color"])
         write_atomically(file, partial(figure.savefig, format="png"))
         files.append(file)
         parts.append(

@@ -7,12 +7,11 @@ from matplotlib.figure import Figure
 
 from .meta_analysis import Effect, Estimate, Pooled
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 _SMALL = 7.5  # points; 10 inches are drawn about 900 pixels wide in a README
 
 
 def forest_plot(
-    title: str, effects: Mapping[str, Sequence[Effect]], pooled: Mapping[str, Pooled]
+    title: str, effects: Mapping[str, Sequence[Effect]], pooled: Mapping[str, Pooled], color: str
 ) -> Figure:
     """Draw metrics side by side, data sets below one another.
 
@@ -20,6 +19,7 @@ def forest_plot(
         title: above the figure.
         effects: metric -> effects of the same data sets in the same order.
         pooled: metric -> what they give together; may lack metrics.
+        color: of the detector that is compared, :func:`~iou_balanced_d2.analysis.plots.style`.
 
     Returns:
         the figure, on white.
@@ -30,7 +30,7 @@ def forest_plot(
     figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(effects), sharey=True, squeeze=False)[0]
     for axes, (metric, found) in zip(panels, effects.items(), strict=True):
-        _draw(axes, found, pooled.get(metric))
+        _draw(axes, found, pooled.get(metric), color)
         axes.set_title(metric, fontsize=9)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=8.5)
     panels[0].set_ylim(len(rows) - 0.4, -0.75)
@@ -38,7 +38,7 @@ def forest_plot(
     return figure
 
 
-def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None) -> None:
+def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None, color: str) -> None:
     axes.axvline(0, color="#888888", lw=0.8)
     weights = iter(pooled.weights if pooled else ())
     ends = []
@@ -50,11 +50,11 @@ def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None) -> None:
         ends += [low, high]
         # The area is the weight; all are seen.
         size = 3 + 9 * next(weights, 0.0) ** 0.5
-        axes.plot([low, high], [row, row], color=_BLUE, lw=1.2)
-        axes.plot(effect.value, row, "s", color=_BLUE, markersize=size)
+        axes.plot([low, high], [row, row], color=color, lw=1.2)
+        axes.plot(effect.value, row, "s", color=color, markersize=size)
         _number(axes, row, effect.value, low, high)
     for row, estimate in enumerate([pooled.random, pooled.fixed] if pooled else [], len(effects)):
-        _diamond(axes, row, estimate)
+        _diamond(axes, row, estimate, color)
         ends += [estimate.low, estimate.high]
     axes.axhline(len(effects) - 0.55, color="#888888", lw=0.5)
     _limit(axes, [e.value for e in effects if e.standard_error > 0], ends)
@@ -64,9 +64,9 @@ def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _diamond(axes: Any, row: int, estimate: Estimate) -> None:
+def _diamond(axes: Any, row: int, estimate: Estimate, color: str) -> None:
     x = [estimate.low, estimate.value, estimate.high, estimate.value]
-    axes.fill(x, [row, row - 0.17, row, row + 0.17], color=_ORANGE)
+    axes.fill(x, [row, row - 0.17, row, row + 0.17], color=color)
     _number(axes, row, estimate.value, estimate.low, estimate.high)
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from iou_balanced_d2.analysis.alignment import write_alignment_report
-from iou_balanced_d2.analysis.plots import save_figure
+from iou_balanced_d2.analysis.plots import COLORS, save_figure
 from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
 
@@ -72,6 +72,9 @@ def test_report_with_pictures(tmp_path, own_data, detections):
     assert json.loads((out / "alignment.json").read_text()) == content
     assert content["a<b"]["num_objects"] == 4
     assert content["a<b"]["classes"]["circle"]["ap"]["AP"] is None, "NaN is no JSON"
+    for figure in FIGURES:
+        assert COLORS[0].lower() in (out / f"{figure}.svg").read_text(), figure
+        assert COLORS[1].lower() not in (out / f"{figure}.svg").read_text(), figure
     page = (out / "index.html").read_text()
     assert page.count("<img ") == len(FIGURES) + 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs no other file"

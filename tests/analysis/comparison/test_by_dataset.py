@@ -6,6 +6,7 @@ import math
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from iou_balanced_d2.analysis.comparison import compare_sides
 from iou_balanced_d2.analysis.comparison.by_dataset import (
@@ -14,6 +15,7 @@ from iou_balanced_d2.analysis.comparison.by_dataset import (
     compare_runs_by_dataset,
     write,
 )
+from iou_balanced_d2.analysis.plots import style
 from iou_balanced_d2.errors import UserError
 
 from ..drawn import draw_detections, draw_truth, write_run
@@ -83,6 +85,13 @@ def test_the_report(tmp_path):
     assert picture.shape[1] == 1600
     assert (picture[0] == 1).all(), "white"
     assert 0.01 < (picture[..., :3] != 1).any(axis=2).mean() < 0.5
+    other = matplotlib.image.imread(tmp_path / "report/forest_a_b_c.png")
+    for i, image in ((1, picture), (2, other)):  # in their colours of all other figures
+        seen = [
+            (abs(image[..., :3] - to_rgb(style(k)["color"])) < 0.01).all(axis=2) for k in (0, i)
+        ]
+        assert not seen[0].any()
+        assert seen[1].sum() > 1000
     text = (tmp_path / "report/by_dataset.md").read_text()
     assert text.count("| **all, random effects**") == 2
     content = json.loads((tmp_path / "report/by_dataset.json").read_text())
