@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
@@ -16,7 +16,11 @@ _TEXT = 16  # least height of the labels, pixels
 
 
 def draw_boxes(
-    image: Array, boxes: Array, classes: Sequence[int], labels: Sequence[str], scale: float = 1.0
+    image: Array,
+    boxes: ArrayLike,
+    classes: Sequence[int],
+    labels: Sequence[str],
+    scale: float = 1.0,
 ) -> Array:
     """Draw the boxes of an image.
 
@@ -37,11 +41,11 @@ def draw_boxes(
     visualizer = Visualizer(picture)
     text = max(_TEXT, (height * width) ** 0.5 / 45)
     colors = [tuple(_COLORS[k % len(_COLORS)]) for k in classes]
-    boxes = np.reshape(boxes, (-1, 4)) * scale
+    scaled = np.reshape(boxes, (-1, 4)) * scale
     sizes = [(0.62 * text * len(label), 1.3 * text) for label in labels]
-    for box, color in reversed(list(zip(boxes, colors, strict=True))):
+    for box, color in reversed(list(zip(scaled, colors, strict=True))):
         visualizer.draw_box(box, alpha=1, edge_color=color)
-    places = _places(boxes, sizes, width, height)
+    places = _places(scaled, sizes, width, height)
     for (x, y), label, color in zip(places, labels, colors, strict=True):
         is_light = np.dot(color, (0.3, 0.6, 0.1)) > 0.5
         visualizer.output.ax.text(
