@@ -1,7 +1,7 @@
 """The command line: the flags of each command. Nothing heavy is imported, so errors come at once.
 
 ``iou-balanced-d2 COMMAND``, ``python -m iou_balanced_d2 COMMAND`` and the scripts of a clone
-(:attr:`Command.module` is their name) are the same commands.
+(``Command.module`` is their name) are the same commands.
 """
 
 import argparse

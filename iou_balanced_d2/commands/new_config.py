@@ -31,6 +31,7 @@ from ..data.coco_format import class_names
 from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
 from ..engine import Trainer, load_config
 from ..engine.config import choose_device
+from ..engine.faults import user_errors
 from ..errors import UserError
 from ..files import write_atomically, write_text
 from ..model_zoo import get_config_file
@@ -132,7 +133,8 @@ def run(args: argparse.Namespace) -> None:
         cfg = load_config(str(draft))
     choose_device(cfg)
     check_datasets(cfg, training=True)
-    price = cost(cfg, device)
+    with user_errors():  # such as too little memory
+        price = cost(cfg, device)
     commands = next_commands(args)
     write_text(args.output, heading(args, device, price, commands) + to_yaml(settings))
     print(f"{args.output} written, with the reasons for its values\n")
