@@ -117,7 +117,10 @@ def main() -> int:
             output = Path(args.output or "alignment")
         for data_set, source in sources.items():
             folder = output / data_set
-            print_summary(write_alignment_report(output_dir=str(folder), **source))
+            results = write_alignment_report(output_dir=str(folder), **source)
+            print_summary(results)
+            for name, result in results.items():
+                print(f"{name}: {result['verdict']}")
             print(f"Report: {folder / 'index.html'}")
     except UserError as error:
         print(f"analyze_alignment.py: error: {error}", file=sys.stderr)
