@@ -78,7 +78,7 @@ def analyze(ground_truth: GroundTruth, detections: Detections) -> Alignment:
     placed = perfectly_placed(ground_truth, detections, pairs, best)
     # Placed perfectly, a box is right or wrong at every threshold alike.
     of_placed = np.repeat(class_aps(ground_truth, detections, placed), len(outcome), axis=0)
-    results = {
+    results: dict[str, Any] = {
         "num_images": len(ground_truth.images),
         "num_objects": int(num_objects(ground_truth).sum()),
         "num_detections": len(detections),
@@ -95,12 +95,12 @@ def analyze(ground_truth: GroundTruth, detections: Detections) -> Alignment:
         "classes": _by_class(ground_truth, detections, aps, right, iou),
     }
     best_f1 = best_thresholds(ground_truth, detections, outcome[0])
-    for k, of_class in enumerate(results["classes"].values()):
-        of_class["best_threshold"] = {name: float(values[k]) for name, values in best_f1.items()}
-    results["confusion"] = confusion_matrix(
+    confusion = confusion_matrix(
         ground_truth, detections, outcome[0], matched[0], best_f1["threshold"]
     )
-    results["verdict"] = verdict(results)
+    for k, of_class in enumerate(results["classes"].values()):
+        of_class["best_threshold"] = {name: float(values[k]) for name, values in best_f1.items()}
+    results |= {"confusion": confusion, "verdict": verdict(results)}
     return Alignment(detections, best, outranked, results)
 
 
