@@ -87,5 +87,8 @@ def run(args: argparse.Namespace) -> None:
         output = Path(args.output or "alignment")
     for data_set, source in sources.items():
         folder = output / data_set
-        print_summary(write_alignment_report(output_dir=str(folder), **source))
+        results = write_alignment_report(output_dir=str(folder), **source)
+        print_summary(results)
+        for name, result in results.items():
+            print(f"{name}: {result['verdict']}")
         print(f"Report: {folder / 'index.html'}")

@@ -22,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
+from ..analysis.curves import write_curves
 from ..data import prepare_dataset
 from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
 from ..data.resumable_loader import Mapper, ResumableLoader, SeedState, as_loader, seed_step
@@ -111,6 +112,8 @@ class Trainer(DefaultTrainer):
             content = {"model": self.average.state_dict()}
             path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
             write_atomically(path, partial(torch.save, content))
+        if comm.is_main_process():
+            write_curves(self.cfg.OUTPUT_DIR)
         return results
 
     def _exit(self, signum: int, *, together: bool) -> NoReturn:

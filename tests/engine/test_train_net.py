@@ -36,6 +36,7 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     first = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     assert first["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"] > 1
     assert first["iteration"] == 3
+    assert (tmp_path / "out/curves.png").stat().st_size > 5000
 
     code, out, err = run(
         "--config-file", own_config, "--resume", *steps, "SOLVER.MAX_ITER", 6, cwd=tmp_path

@@ -28,6 +28,8 @@ from .measures import (
     outranked_objects,
     perfectly_placed,
 )
+from .thresholds import best_thresholds, confusion_matrix
+from .verdict import verdict
 
 Array = NDArray[Any]
 CALIBRATED_AT = (50, 75, 90)
@@ -44,7 +46,8 @@ class Alignment:
         results: the numbers as they go to alignment.json, arrays as NumPy's: "num_images",
             "num_objects", "num_detections"; "ap" and the "ceilings" "perfect_ranking" and
             "perfect_placing" (AP, AP50, ... AP95 in percent); "correlation"; "outranked";
-            "iou_bins"; "density"; "calibration" by IoU threshold; "classes", by name some of these.
+            "iou_bins"; "density"; "calibration" by IoU threshold; "classes", by name some of these
+            and the "best_threshold"; "confusion" at these thresholds; "verdict", in words.
     """
 
     detections: Detections
@@ -75,7 +78,7 @@ def analyze(ground_truth: GroundTruth, detections: Detections) -> Alignment:
     placed = perfectly_placed(ground_truth, detections, pairs, best)
     # Placed perfectly, a box is right or wrong at every threshold alike.
     of_placed = np.repeat(class_aps(ground_truth, detections, placed), len(outcome), axis=0)
-    results = {
+    results: dict[str, Any] = {
         "num_images": len(ground_truth.images),
         "num_objects": int(num_objects(ground_truth).sum()),
         "num_detections": len(detections),
@@ -91,6 +94,13 @@ def analyze(ground_truth: GroundTruth, detections: Detections) -> Alignment:
         "calibration": {f".{p}": _calibration(detections, outcome, p) for p in CALIBRATED_AT},
         "classes": _by_class(ground_truth, detections, aps, right, iou),
     }
+    best_f1 = best_thresholds(ground_truth, detections, outcome[0])
+    confusion = confusion_matrix(
+        ground_truth, detections, outcome[0], matched[0], best_f1["threshold"]
+    )
+    for k, of_class in enumerate(results["classes"].values()):
+        of_class["best_threshold"] = {name: float(values[k]) for name, values in best_f1.items()}
+    results |= {"confusion": confusion, "verdict": verdict(results)}
     return Alignment(detections, best, outranked, results)
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from numpy.typing import NDArray
 
 from ...data import prepare_dataset
 from ...data.coco import check_folder
@@ -26,6 +28,7 @@ from .figures import (
 from .pictures import draw_cases, misplaced_cases, outranked_cases
 
 _MOST_PICTURES = 8
+_MOST_CONFUSED = 12
 
 RULES = {
     "COCO's matching": "Used for AP, the ceilings, the correlation and the calibration. Of each "
@@ -33,6 +36,9 @@ RULES = {
     "object with the largest IoU, if that reaches the threshold (.5 for the correlation). Those "
     "that take an object are right, the others wrong. Detections on crowds, and on objects "
     "marked difficult unless DATASETS.VOC_DIFFICULT counts or drops them, are left out.",
+    "Confusions": "Detections below their class's threshold are left out, the others matched as "
+    "above. Those then left over take, in the order of their scores, the free object of another "
+    "class with the largest IoU, if that reaches .5.",
     "Best IoU": "Used for score and share by IoU, the density and the pictures. The IoU of each "
     "detection is the largest with any object of its image and class, whatever its score and "
     "whatever the others have taken; 0 without any overlap. Detections that overlap an object that "
@@ -123,6 +129,8 @@ def dataset_files(data_set: str) -> dict[str, Any]:
 def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) -> Page:
     """The page up to the pictures."""
     page = Page("Does the score know how good the box is?")
+    for name, result in results.items():
+        page.text(result["verdict"] if len(results) == 1 else f"{name}: {result['verdict']}")
     first = next(iter(results.values()))
     counts = ", ".join(f"{r['num_detections']} of {name}" for name, r in results.items())
     page.text(
@@ -137,7 +145,8 @@ def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) ->
         "right. ECE is the mean distance from it, weighted by the number of detections."
     )
     page.figure(draw_calibration(results, output / "calibration.png"), "Calibration curves")
-    _add_classes(page, results, output)
+    _add_classes(page, results)
+    _add_thresholds(page, results)
     page.heading("Rules")
     for name, text in RULES.items():
         page.text(f"{name}. {text}")
@@ -184,7 +193,7 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
     page.figure(draw_density(results, output / "density.png"), "Density of score and IoU")
 
 
-def _add_classes(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
+def _add_classes(page: Page, results: Mapping[str, dict[str, Any]]) -> None:
     page.heading("By class")
     rows = [
         [class_name, *([name] if len(results) > 1 else []), of_class["num_objects"]]
@@ -197,6 +206,41 @@ def _add_classes(page: Page, results: Mapping[str, dict[str, Any]], output: Path
     detector = ["detector"] if len(results) > 1 else []
     headers = ["class", *detector, "objects", "AP", "AP50", "AP75", "AP90", "Spearman"]
     page.table(headers, rows)
+
+
+def _add_thresholds(page: Page, results: Mapping[str, dict[str, Any]]) -> None:
+    page.heading("From which score on?")
+    page.text(
+        "The score threshold of each class with the largest F1 at IoU .5, chosen on these very "
+        "images, and what is right among the detections kept (precision) and found of the objects "
+        "(recall)."
+    )
+    for name, result in results.items():
+        rows = [
+            [class_name, of_class["num_objects"], *of_class["best_threshold"].values()]
+            for class_name, of_class in result["classes"].items()
+        ]
+        page.table([name, "objects", "threshold", "precision", "recall", "F1"], rows, digits=2)
+    page.text(
+        "Which class the objects are detected as, at these thresholds and IoU .5: a row is what is "
+        "there, a column what is detected."
+    )
+    for name, result in results.items():
+        _add_confusion(page, name, list(result["classes"]), result["confusion"])
+
+
+def _add_confusion(page: Page, name: str, classes: Sequence[str], matrix: NDArray[Any]) -> None:
+    """The matrix, of many classes those that are confused most."""
+    between = matrix[:-1, :-1] - np.diag(np.diag(matrix)[:-1])
+    most = np.argsort(-(between.sum(axis=0) + between.sum(axis=1)), kind="stable")
+    shown = np.sort(most[:_MOST_CONFUSED])
+    if len(shown) < len(classes):
+        page.text(f"The {len(shown)} of {len(classes)} classes that are confused most.")
+    part = matrix[np.ix_([*shown, -1], [*shown, -1])]
+    names = [classes[k] for k in shown]
+    rows = [[row, *counts] for row, counts in zip([*names, "(no object)"], part, strict=True)]
+    rows[-1][-1] = "–"
+    page.table([name, *names, "(missed)"], rows)
 
 
 def _add_pictures(

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
+from ..curves import Curves, read_curves
 from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap
 from .matches import Matches, matches_of
-from .runs import Annotations, Run, load_run, read_curves
+from .runs import Annotations, Run, load_run
 from .statistics import Difference, SideValues, differences, spread_of_runs, verdict
 
 Array = NDArray[Any]
@@ -33,7 +34,7 @@ class SideResult:
     name: str
     runs: tuple[str, ...]
     values: Array
-    curves: tuple[dict[str, list[tuple[int, float]]], ...]
+    curves: tuple[Curves, ...]
 
     def mean(self) -> Array:
         """(M,) mean over runs."""
@@ -143,7 +144,7 @@ def run_metrics(path: str | Path) -> dict[str, float]:
 
 
 def _result(name: str, runs: Sequence[Run], values: SideValues) -> SideResult:
-    curves = tuple(map(read_curves, runs))
+    curves = tuple(read_curves(run.path) for run in runs)
     return SideResult(name, tuple(run.path for run in runs), values.plain, curves)
 
 

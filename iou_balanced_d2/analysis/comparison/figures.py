@@ -1,9 +1,5 @@
-"""Figures of a comparison: AP over IoU with differences, and the curves of the trainings."""
+"""Figure of a comparison: AP over IoU, and the differences."""
 
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 from matplotlib.figure import Figure
 
 from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
@@ -11,7 +7,6 @@ from ..plots import new_figure, style
 from .compare import Comparison
 
 _THRESHOLDS = slice(1, 1 + len(IOU_PERCENT))  # of the metrics
-_SMOOTH = 20  # points of a loss's curve that are averaged
 
 
 def ap_over_iou(comparison: Comparison) -> Figure:
@@ -39,41 +34,3 @@ def ap_over_iou(comparison: Comparison) -> Figure:
     left.legend()
     right.legend()
     return figure
-
-
-def curves(comparison: Comparison) -> Figure:
-    """Losses and AP during the trainings, of the runs that have kept their metrics."""
-    names = {key: None for _, run in _runs(comparison) for key in run}
-    losses = [key for key in names if not key.endswith("AP")]
-    ordered = [*losses, *(key for key in names if key not in losses)]
-    columns = min(len(ordered), 2)
-    rows = -(-len(ordered) // columns)
-    figure, panels = new_figure(5.5 * columns, 3.2 * rows, rows, columns)
-    for axes, key in zip(panels.flat, ordered, strict=False):
-        _draw_curves(axes, comparison, key, smooth=key in losses)
-    for axes in panels.flat[len(ordered) :]:
-        axes.axis("off")
-    return figure
-
-
-def _draw_curves(axes: Any, comparison: Comparison, key: str, *, smooth: bool) -> None:
-    named = set()
-    for i, run in _runs(comparison):
-        if key not in run:
-            continue
-        x, y = np.array(run[key], float).T
-        if smooth and len(y) > _SMOOTH:
-            y = np.convolve(y, np.full(_SMOOTH, 1 / _SMOOTH), "valid")
-            x = x[_SMOOTH - 1 :]
-        label = None if i in named else comparison.sides[i].name
-        marker = "" if smooth else style(i)["marker"]
-        axes.plot(x, y, label=label, **{**style(i), "marker": marker}, lw=1)
-        named.add(i)
-    axes.set(title=f"{key} (mean of {_SMOOTH})" if smooth else key, xlabel="iteration")
-    axes.legend()
-
-
-def _runs(comparison: Comparison) -> Iterator[tuple[int, dict[str, list[tuple[int, float]]]]]:
-    for i, side in enumerate(comparison.sides):
-        for run in side.curves:
-            yield i, run

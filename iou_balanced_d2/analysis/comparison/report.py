@@ -8,10 +8,11 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import write_text
+from ..curves import draw_curves
 from ..page import Page, plain
 from ..plots import make_folder, save_figure
 from .compare import Comparison, SideResult
-from .figures import ap_over_iou, curves
+from .figures import ap_over_iou
 from .statistics import Difference, format_p
 
 _DIFFERENCE_HEADERS = ("metric", "difference", "95 % interval", "p", "std. error", "detectable")
@@ -63,8 +64,9 @@ def _page(comparison: Comparison, folder: Path) -> Page:
         _add_differences(page, metrics, found, classes)
     page.heading("Trainings")
     _add_runs(page, comparison)
-    if any(run for side in comparison.sides for run in side.curves):
-        figure = save_figure(curves(comparison), folder / "curves.png")
+    runs = [(i, s.name, run) for i, s in enumerate(comparison.sides) for run in s.curves if run]
+    if runs:
+        figure = save_figure(draw_curves(runs), folder / "curves.png")
         page.figure(figure, "Losses and AP during the trainings")
     for link in _alignment_reports(comparison):
         page.link(*link)

@@ -1,4 +1,4 @@
-"""The runs of a comparison: where their detections, ground truth and curves are."""
+"""The runs of a comparison: where their detections and ground truth are."""
 
 import os
 from collections.abc import Mapping
@@ -13,10 +13,8 @@ from ...config import add_iou_balanced_config
 from ...data import check_difficult_policy, prepare_dataset, register_datasets_of
 from ...data.demo import ensure_demo_datasets
 from ...errors import UserError
-from ..training_log import read_training_log
 
 RESULTS = "coco_instances_results.json"
-_LOSSES = ("total_loss", "loss_cls", "loss_box_reg")
 
 
 @dataclass(frozen=True)
@@ -136,16 +134,3 @@ def _json_file(name: str) -> str:
     if name.startswith("iou_balanced_demo_"):
         ensure_demo_datasets(str(Path(json_file).parents[2]))
     return str(json_file)
-
-
-def read_curves(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """The losses and the APs on the test sets that a training has logged.
-
-    Args:
-        run: its directory may lack ``metrics.json``.
-
-    Returns:
-        name -> (iteration, value) by iteration.
-    """
-    log = read_training_log(run.path)
-    return {k: v for k, v in log.items() if k in _LOSSES or f"/{k}".endswith("/bbox/AP")}

@@ -1,6 +1,7 @@
 """Measures and ceilings: worked out by hand, and against slow recomputations."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from iou_balanced_d2.analysis.alignment.measures import (
     correlations,
     outranked_objects,
 )
+from iou_balanced_d2.analysis.alignment.thresholds import confusion_matrix
+from iou_balanced_d2.analysis.alignment.verdict import verdict
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
+from iou_balanced_d2.evaluation.matching import RIGHT, WRONG, find_pairs, match
 
 from ...evaluation.synthetic import arrays_of, coco_of, detections_of, one_by_one, random_case
 
@@ -247,3 +251,97 @@ def test_outranked_objects():
     summary = analysis.results["outranked"]
     assert (summary["objects_outranked"], summary["objects_detected"]) == (1, 3)
     assert summary["mean_iou_lost"] == pytest.approx(0.2)
+
+
+# ---- score thresholds, confusions and the verdict
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_best_thresholds_are_those_of_all_scores(seed):
+    ground_truth, detections = arrays_of(*random_case(seed, share_difficult=0.1))
+    results = analyze(ground_truth, detections).results
+    outcome, _, _ = one_by_one(ground_truth, detections, 0.5)
+    for k, of_class in enumerate(results["classes"].values()):
+        objects = sum(ground_truth.label[~ground_truth.ignored] == k)
+        best = {"f1": 0.0, "threshold": math.nan, "precision": math.nan, "recall": math.nan}
+        for threshold in sorted({*detections.scores}, reverse=True):
+            kept = [
+                outcome[d]
+                for d in range(len(detections))
+                if detections.label[d] == k and detections.scores[d] >= threshold
+            ]
+            hits, wrong = kept.count(RIGHT), kept.count(WRONG)
+            if hits and (f1 := 2 * hits / (hits + wrong + objects)) > best["f1"] + 1e-12:
+                best = {"precision": hits / (hits + wrong), "recall": hits / objects}
+                best |= {"threshold": threshold, "f1": f1}
+        found = of_class["best_threshold"]
+        for name in ("threshold", "precision", "recall"):
+            assert found[name] == pytest.approx(best[name], nan_ok=True), (k, name)
+        assert found["f1"] == pytest.approx(best["f1"] or math.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_confusions_one_by_one(seed):
+    coco, rows = random_case(seed, share_difficult=0.1)
+    objects = coco.dataset["annotations"][::2]  # detected as another class, too
+    rows += detections_of(
+        (a["image_id"], a["category_id"] % 3 + 1, a["bbox"], 0.5) for a in objects
+    )
+    ground_truth, detections = arrays_of(coco, rows)
+    limits = np.array([0.3, 0.2, 0.4, math.nan])
+    outcome, matched, _ = one_by_one(ground_truth, detections, 0.5)
+    iou = box_iou(torch.from_numpy(detections.boxes), torch.from_numpy(ground_truth.boxes)).numpy()
+    label, expected = ground_truth.label, np.zeros((5, 5), int)
+    free = {g for g in range(len(label)) if not ground_truth.ignored[g]}
+    kept = [
+        d for d in range(len(detections)) if detections.scores[d] >= limits[detections.label[d]]
+    ]
+    for d in kept:
+        if outcome[d] == RIGHT:
+            expected[detections.label[d], detections.label[d]] += 1
+            free.remove(matched[d])
+    for d in sorted(kept, key=lambda d: -detections.scores[d]):
+        if outcome[d] == WRONG:
+            near = [g for g in free if ground_truth.image[g] == detections.image[d]]
+            near = [g for g in near if iou[d, g] >= 0.5]
+            taken = max(near, key=lambda g: iou[d, g], default=None)
+            expected[4 if taken is None else label[taken], detections.label[d]] += 1
+            free -= {taken}
+    for g in free:
+        expected[label[g], 4] += 1
+    ours = match(ground_truth, detections, find_pairs(ground_truth, detections), thresholds=[0.5])
+    found = confusion_matrix(ground_truth, detections, ours[0][0], ours[1][0], limits)
+    assert (found == expected).all()
+    assert found[:4, :4].sum() > found.diagonal().sum(), "some classes are confused"
+    assert found[:4].sum() == (~ground_truth.ignored).sum()
+
+
+def test_confusions_are_at_the_best_thresholds():
+    objects = [(1, 1, GT, {}), (2, 2, GT, {}), (2, 1, [200, 0, 50, 50], {})]
+    detections = [(1, 1, wide(0.9), 0.8), (2, 1, wide(0.8), 0.9), (1, 2, GT, 0.7), (2, 2, GT, 0.2)]
+    found = analyzed(objects, detections, num_images=2, num_classes=2)
+    best = {name: c["best_threshold"] for name, c in found["classes"].items()}
+    # Class 2 at .7 has nothing right, at .2 one of two.
+    assert best["class1"] == {"threshold": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert best["class2"] == pytest.approx(
+        {"threshold": 0.2, "precision": 0.5, "recall": 1, "f1": 2 / 3}
+    )
+    # Of image 1's object, found as its own class, class 2's box is one too many.
+    assert found["confusion"].tolist() == [[1, 0, 1], [0, 1, 0], [1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ap", "ranking", "placing", "objects", "said"),
+    [
+        (40, 64, 68, 5000, "would win 24 AP, perfect placing 28: try .*CLS_ETA.*LOC_LAMBDA.*[.]$"),
+        (40, 64, 50, 5000, "24 AP, perfect placing 10: try [^:]*CLS_ETA[)] first[.]$"),
+        (40, 45, 68, 5000, "5 AP, perfect placing 28: try [^:]*LOC_LAMBDA[)] first[.]$"),
+        (97, 97.5, 97.9, 5000, "neither loss can win much"),
+        (40, 64, 68, 99, "Few data: 99 objects in 7 images"),
+        (math.nan, math.nan, math.nan, 0, "no object to find"),
+    ],
+)
+def test_the_verdict(ap, ranking, placing, objects, said):
+    ceilings = {"perfect_ranking": {"AP": ranking}, "perfect_placing": {"AP": placing}}
+    results = {"ap": {"AP": ap}, "ceilings": ceilings, "num_objects": objects, "num_images": 7}
+    assert re.search(said, verdict(results))

@@ -17,6 +17,7 @@ from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
 
 from ...command import forget_own_data
+from ...evaluation.synthetic import coco_of
 
 FIGURES = ["ap", "calibration", "density", "score_by_iou", "share_by_iou"]
 # On the squares of the fixture own_data (XYWH 8, 10 + i, 28, 30): one bad box with a high score,
@@ -78,6 +79,9 @@ def test_report_with_pictures(tmp_path, own_data, detections):
     page = (out / "index.html").read_text()
     assert page.count("<img ") == len(FIGURES) + 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs no other file"
+    assert page.index(content["a<b"]["verdict"]) < page.index("4 images, 4 objects")
+    assert "Few data: 4 objects in 4 images" in page
+    assert "(no object)" in page
     assert "a&lt;b" in page
     assert "a<b" not in page
     assert "0.png: square, score 0.95, IoU 0.40" in page
@@ -112,7 +116,10 @@ def test_command_with_files_of_any_framework(command, tmp_path, own_data, detect
     assert content["found"]["ap"] == content["b"]["ap"]
     page = (tmp_path / "out/index.html").read_text()
     assert "the folder of the images was not given" in page
-    assert "perfect ranking" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "perfect ranking" in printed
+    assert "b: AP is " in printed
+    assert f"<p>b: {content['b']['verdict']}</p>" in page
 
 
 def test_command_with_a_run(command, tmp_path, own_config, capsys):
@@ -196,6 +203,24 @@ def test_runs_that_were_not_evaluated_are_named(command, tmp_path, own_config, c
     shutil.copy(own_config, tmp_path / "out/config.yaml")
     assert command("--run", "out") == 2
     assert "coco_instances_results.json not found: evaluate" in capsys.readouterr().err
+
+
+def test_of_many_classes_the_confused_ones_are_shown(tmp_path, draw_fast):
+    """Objects of class 7 are detected as class 19, all others as what they are."""
+    truth, found = coco_of([], num_images=20, num_classes=20).dataset, []
+    for i in range(1, 21):
+        box = {"image_id": i, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 0}
+        truth["annotations"].append({"id": i, "category_id": i, **box})
+        found.append({"category_id": 19 if i == 7 else i, "score": 0.5, **box})
+    for name, content in (("truth.json", truth), ("found.json", found)):
+        (tmp_path / name).write_text(json.dumps(content))
+    files = str(tmp_path / "truth.json"), {"a": str(tmp_path / "found.json")}
+    content = write_alignment_report(*files, str(tmp_path / "out"))
+    assert content["a"]["confusion"][6][18] == 1
+    page = (tmp_path / "out/index.html").read_text()
+    assert "The 12 of 20 classes that are confused most." in page
+    header = [h.strip() for h in re.findall(r"<th[^>]*>([^<]*)</th>", page)[-14:]]
+    assert header == ["a", *(f"class{k}" for k in (*range(1, 12), 19)), "(missed)"]
 
 
 def test_a_broken_image_is_left_out(tmp_path, own_data, detections, draw_fast, caplog):

@@ -1,11 +1,10 @@
 """What is found of a run, and one line for what is not."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from iou_balanced_d2.analysis.comparison.runs import Annotations, load_run, read_curves
+from iou_balanced_d2.analysis.comparison.runs import Annotations, load_run
 from iou_balanced_d2.errors import UserError
 
 from ...command import forget_own_data
@@ -80,21 +79,3 @@ def test_faults_of_the_run(tmp_path, run_directory):
         load_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs one --ground-truth NAME=FILE, got none"):
         load_run(__file__)
-
-
-def test_curves(tmp_path, run_directory):
-    lines = [
-        {"iteration": 19, "total_loss": 2.0, "lr": 0.1},
-        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 10.0},
-        {"iteration": 39, "total_loss": 1.0, "x/bbox/AP": 11.0, "bbox/AP-cat": 3.0},
-    ]
-    text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 59, "tot'
-    (run_directory / "metrics.json").write_text(text)
-    run = load_run(run_directory)
-    assert read_curves(run) == {
-        "total_loss": [(19, 2.0), (39, 1.0)],
-        "bbox/AP": [(39, 10.0)],
-        "x/bbox/AP": [(39, 11.0)],
-    }
-    (run_directory / "metrics.json").unlink()
-    assert read_curves(run) == {}
