@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Loggers, with those below them, whose hundreds of lines (environment, config, network, tables of
 # weights, how data are stored) are in log.txt only. Warnings and errors are always shown.
 _LOG_ONLY = ("detectron2.checkpoint", "detectron2.data", "detectron2.engine.defaults")
+_MOST_LINES = 8  # of others' records on the console, such as the list of weights that are new
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -29,6 +30,22 @@ class _PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return _ANSI.sub("", super().format(record))
+
+
+class _ShortFormatter(logging.Formatter):
+    """Another formatter's text, of a long list only its beginning; tracebacks are whole."""
+
+    def __init__(self, formatter: logging.Formatter):
+        super().__init__()
+        self._formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._formatter.format(record)
+        lines = text.splitlines()
+        is_whole = record.exc_info or record.name.startswith("iou_balanced_d2")
+        if is_whole or len(lines) <= _MOST_LINES:
+            return text
+        return "\n".join([*lines[:3], f"... {len(lines) - 3} more lines in log.txt"])
 
 
 def matters(record: logging.LogRecord) -> bool:
@@ -52,11 +69,14 @@ def setup_loggers(output_dir: str) -> None:
         given = {"name": name} if name else {}
         log = setup_logger(output_dir, distributed_rank=comm.get_rank(), **given)
         for handler in log.handlers:
+            theirs = handler.formatter
+            if theirs is None or isinstance(theirs, _ShortFormatter | _PlainFormatter):
+                continue  # not detectron2's, or set up before
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(matters)
-            elif handler.formatter:
-                plain = _PlainFormatter(handler.formatter._fmt, handler.formatter.datefmt)
-                handler.setFormatter(plain)
+                handler.setFormatter(_ShortFormatter(theirs))
+            else:
+                handler.setFormatter(_PlainFormatter(theirs._fmt, theirs.datefmt))
 
 
 def describe_data(cfg: CfgNode, dicts: list[dict[str, Any]]) -> None:
