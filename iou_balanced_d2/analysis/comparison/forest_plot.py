@@ -74,7 +74,7 @@ def _number(axes: Any, row: int, value: float, low: float, high: float) -> None:
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
     # Centred in the panel: beside a square it would be cut off where the interval is wide.
     axes.text(
-        0.5, row - 0.27, text, ha="center", va="center", fontsize=_SMALL,
+        0.5, row - 0.36, text, ha="center", va="center", fontsize=_SMALL,
         transform=axes.get_yaxis_transform(),
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
     )  # fmt: skip
