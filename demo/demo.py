@@ -20,8 +20,9 @@ from iou_balanced_d2.data.coco_format import class_names, read_coco_json
 from iou_balanced_d2.data.images import fault_of
 from iou_balanced_d2.data.inspection import PROBLEMS
 from iou_balanced_d2.engine import load_config
-from iou_balanced_d2.engine.checks import check_model, check_weights
+from iou_balanced_d2.engine.checks import check_weights
 from iou_balanced_d2.engine.config import choose_device
+from iou_balanced_d2.engine.rehearsal import check_build
 from iou_balanced_d2.errors import UserError
 
 # isort: split
@@ -225,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw everything; returns the number of files that could not be read."""
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
-    check_model(cfg)
+    check_build(cfg, args.config_file, args.opts, training=False)
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)

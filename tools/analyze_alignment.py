@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iou_balanced_d2.analysis.alignment import dataset_files, write_alignment_report
+from iou_balanced_d2.analysis.page import clean
 from iou_balanced_d2.data import register_datasets_of
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -56,6 +57,7 @@ def named(words: Sequence[str]) -> dict[str, Path]:
         if not equals or Path(word).exists():
             path = word
             name = Path(word).resolve().stem
+        name = clean(name)
         if not name or name in found:
             raise UserError(f"{word!r}: give each a name of its own, as in NAME={path}")
         found[name] = Path(path)
