@@ -16,7 +16,6 @@ from iou_balanced_d2.config.description import (
     config_help,
     format_help,
 )
-from iou_balanced_d2.projects import add_project_configs
 
 ROOT = Path(__file__).parent.parent
 KEYS = {item.key: item for item in config_help()}
@@ -89,7 +88,6 @@ def test_every_key_that_is_added_is_there_with_its_default():
     ours = get_cfg()
     before = dict(flat(ours))
     add_iou_balanced_config(ours)
-    add_project_configs(ours)
     added = {key: value for key, value in flat(ours) if key not in before}
     assert {key: item.default for key, item in KEYS.items()} == added
 

@@ -10,7 +10,6 @@ from detectron2.config import get_cfg
 from iou_balanced_d2.config import add_iou_balanced_config
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.model_zoo import get_config_file
-from iou_balanced_d2.projects import add_project_configs
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("projects/*/configs/**/*.yaml")])
@@ -82,7 +81,6 @@ def test_baselines_are_the_zoos_but_for_the_papers_knee(name):
     ours = load_config(get_config_file(f"COCO-Detection/retinanet_{name}.yaml"))
     zoo = get_cfg()
     add_iou_balanced_config(zoo)
-    add_project_configs(zoo)
     zoo.merge_from_file(detectron2_zoo.get_config_file(f"COCO-Detection/retinanet_{name}.yaml"))
     assert ours.MODEL.META_ARCHITECTURE == "IoUBalancedRetinaNet"
     assert ours.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == 0.11

@@ -19,6 +19,7 @@ import warnings
 from typing import Any
 
 from iou_balanced_d2.arguments import launch_argument_parser
+from iou_balanced_d2.config.description import config_help
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.config import flatten
@@ -27,6 +28,7 @@ from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.losses import LossOptions
+from iou_balanced_d2.model_zoo.model_zoo import get_detectron2_config
 from iou_balanced_d2.projects import import_projects
 
 # isort: split
@@ -78,6 +80,21 @@ def load(args: argparse.Namespace) -> DictConfig:
     if args.eval_only and not weights and not args.resume:
         raise UserError("nothing to evaluate: give train.init_checkpoint=FILE, or --resume")
     return cfg
+
+
+def key_help() -> str:
+    """The keys that the script reads besides detectron2's of the model and the data."""
+    losses = [item for item in config_help() if item.key.startswith("MODEL.IOU_BALANCED.")]
+    train = flatten(OmegaConf.to_container(get_detectron2_config("common/train.py").train))
+    shown = [f"  {item.key.lower()}={item.default}" for item in losses]
+    shown += [f"  train.{key}={value}" for key, value in train.items()]
+    return "\n".join(
+        [
+            "keys, with their defaults (python -m iou_balanced_d2.config explains the losses'):",
+            *shown,
+            "and the arguments of the other parts that the config file defines",
+        ]
+    )
 
 
 def flat_keys(node: Any, prefix: str = "") -> list[str]:
@@ -187,7 +204,9 @@ def facts_of(cfg: DictConfig, args: argparse.Namespace) -> dict[str, str]:
 
 def run() -> int:
     """Check, then launch; a user's mistake is one line and exit code 2."""
-    args = launch_argument_parser().parse_args()
+    parser = launch_argument_parser()
+    parser.description, parser.epilog = __doc__, key_help()
+    args = parser.parse_args()
     try:
         placement = find_placement(args)
         cfg = load(args)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..files import write_atomically
-from .plots import new_figure, style
+from .plots import label, new_figure, style
 from .training_log import read_training_log
 
 logger = logging.getLogger(__name__)
@@ -62,20 +62,20 @@ def draw_curves(runs: Sequence[tuple[int, str, Curves]]) -> Figure:
 
 
 def _draw_panel(axes: Any, name: str, runs: Sequence[tuple[int, str, Curves]]) -> None:
-    title, labels = name, set()
-    for i, label, run in runs:
+    title, named = label(name), set()
+    for i, run_name, run in runs:
         if name not in run:
             continue
         x, y = np.array(run[name], float).T
         if _is_loss(name) and len(y) > _SMOOTH:
             x, y = x[_SMOOTH - 1 :], np.convolve(y, np.full(_SMOOTH, 1 / _SMOOTH), "valid")
-            title = f"{name} (mean of {_SMOOTH})"
+            title = f"{label(name)} (mean of {_SMOOTH})"
         # One point is no line; many points have no room for markers.
         look = style(i) if len(y) <= 2 * _SMOOTH else style(i) | {"marker": ""}
-        axes.plot(x, y, label=None if label in labels else label, **look, lw=1)
-        labels.add(label)
+        axes.plot(x, y, label=None if run_name in named else label(run_name), **look, lw=1)
+        named.add(run_name)
     axes.set(title=title, xlabel="iteration", xlim=(0, None))
-    if labels != {""}:
+    if named != {""}:
         axes.legend()
 
 

@@ -2,11 +2,13 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from unicodedata import category
+from urllib.parse import quote
 
 import numpy as np
 from tabulate import tabulate
@@ -24,14 +26,31 @@ th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto;
 """
 
 
-def _clean(text: str) -> str:
-    """Text without control characters (tabulate takes one of them for a line) and surrogates."""
-    kinds = ("Cc", "Cs")
-    return "".join("\ufffd" if category(c) in kinds and c not in "\n\t" else c for c in text)
+def clean(text: str) -> str:
+    """Text on one line, without control characters and surrogates: a file or terminal can have it.
+
+    Args:
+        text: such as the name of a run or a class.
+    """
+    one_line = " ".join(text.splitlines())
+    return "".join("\ufffd" if category(c) in ("Cc", "Cs") else c for c in one_line)
+
+
+# What Markdown would take for code, emphasis, a table, a formula, a tag, an entity or a link,
+# and at the start for a headline, a quotation or a list.
+_MARKDOWN = re.compile(
+    r"[\\`*|$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|~(?=~)|(?<![^\W_])_|_(?![^\W_])|(?<=\])\("
+    r"|^[#>]|^[-+=](?=\s)"
+)
+
+
+def markdown_text(text: str) -> str:
+    """Plain text as Markdown that is shown as it is, on one line."""
+    return _MARKDOWN.sub(r"\\\g<0>", clean(text))
 
 
 def _escape(text: str) -> str:
-    return escape(_clean(text))
+    return escape(clean(text))
 
 
 class Page:
@@ -45,23 +64,26 @@ class Page:
         """
         self._title = _escape(title)
         self._html: list[str] = []
-        self._markdown = [f"# {_clean(title)}"]
+        self._markdown = [f"# {markdown_text(title)}"]
 
     def _add(self, html: str, markdown: str) -> None:
         self._html.append(html)
-        self._markdown.append(_clean(markdown))
+        self._markdown.append(markdown)
 
     def heading(self, text: str) -> None:
         """Start a section."""
-        self._add(f"<h2>{_escape(text)}</h2>", f"## {text}")
+        self._add(f"<h2>{_escape(text)}</h2>", f"## {markdown_text(text)}")
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._add(f"<p>{_escape(text)}</p>", text)
+        self._add(f"<p>{_escape(text)}</p>", markdown_text(text))
 
     def figure(self, file: Path, description: str) -> None:
         """Add a PNG or JPEG at full width; the description is for those who can't see it."""
-        self._add(f"<p>{_image(file, description)}</p>", f"![{description}]({file.name})")
+        self._add(
+            f"<p>{_image(file, description)}</p>",
+            f"![{markdown_text(description)}]({quote(file.name)})",
+        )
 
     def tiles(self, files: Sequence[Path], captions: Sequence[str]) -> None:
         """Add small pictures side by side, each with its caption; Markdown has the captions."""
@@ -69,21 +91,26 @@ class Page:
             f"<figure>{_image(file, caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
             for file, caption in zip(files, captions, strict=True)
         ]
-        self._add(f'<div class="tiles">{"".join(tiles)}</div>', "\n".join(captions))
+        self._add(
+            f'<div class="tiles">{"".join(tiles)}</div>', "\n".join(map(markdown_text, captions))
+        )
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 1) -> None:
         """Add a table; numbers are rounded to so many digits, NaN is a dash."""
-        names = [_clean(name) for name in headers]
+        names = [clean(name) for name in headers]
         shown = [[_cell(value, digits) for value in row] for row in rows]
         table = tabulate(shown, names, tablefmt="html", disable_numparse=True)
-        escaped = [[cell.replace("|", r"\|") for cell in row] for row in shown]
+        escaped = [[markdown_text(cell) for cell in row] for row in shown]
+        heads = [markdown_text(name) for name in names]
         align = ["left", *["right"] * (len(names) - 1)]
-        markdown = tabulate(escaped, names, "pipe", colalign=align, disable_numparse=True)
+        markdown = tabulate(escaped, heads, "pipe", colalign=align, disable_numparse=True)
         self._add(f'<div class="scroll">{table}</div>', markdown)
 
     def link(self, text: str, target: str) -> None:
-        """Add a paragraph that leads to another file."""
-        self._add(f'<p><a href="{_escape(target)}">{_escape(text)}</a></p>', f"[{text}]({target})")
+        """Add a paragraph that leads to another file, by its path relative to the page."""
+        url = quote(target.encode(errors="surrogateescape"))
+        html = f'<p><a href="{_escape(url)}">{_escape(text)}</a></p>'
+        self._add(html, f"[{markdown_text(text)}]({url})")
 
     def html(self) -> str:
         """The page as HTML; nothing it shows lies outside of it."""
@@ -121,4 +148,4 @@ def _image(file: Path, description: str) -> str:
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
         return "–" if value != value else f"{value:.{digits}f}"
-    return _clean(str(value))
+    return clean(str(value))

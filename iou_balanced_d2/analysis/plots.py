@@ -1,12 +1,16 @@
 """What all figures share: colours, axes and files."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..errors import UserError
+from .page import clean
+
+T = TypeVar("T")
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; with markers, as a second sign.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,6 +20,20 @@ MARKERS = "osD^vPX"
 def style(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th detector, as arguments of ``plot``; 0 is the baseline."""
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+
+
+def label(name: str) -> str:
+    """A user's name as text of a figure: no formula between dollar signs, and in the legend.
+
+    Matplotlib leaves names that start with an underscore out of legends.
+    """
+    text = clean(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def labelled(named: Mapping[str, T]) -> dict[str, T]:
+    """The same by :func:`label` of each name."""
+    return {label(name): value for name, value in named.items()}
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..analysis.alignment import dataset_files, write_alignment_report
+from ..analysis.page import clean
 from ..data import register_datasets_of
 from ..engine import load_config
 from ..errors import UserError
@@ -27,6 +28,7 @@ def named(words: Sequence[str]) -> dict[str, Path]:
         if not equals or Path(word).exists():
             path = word
             name = Path(word).resolve().stem
+        name = clean(name)
         if not name or name in found:
             raise UserError(f"{word!r}: give each a name of its own, as in NAME={path}")
         found[name] = Path(path)

@@ -26,6 +26,7 @@ from ..analysis.comparison import (
     compare_sides,
     write_comparison,
 )
+from ..analysis.page import clean
 from ..errors import UserError
 
 
@@ -50,7 +51,7 @@ def parse_side(text: str) -> tuple[str, list[str]]:
         name = Path(paths[0]).stem if os.path.isfile(paths[0]) else Path(paths[0]).name
         if len(paths) > 1:
             name = re.sub(r"[-_.]?(seed|run)?[-_.]?\d+$", "", name) or name
-    return name, paths
+    return clean(name), paths
 
 
 def sides_of(texts: list[str]) -> dict[str, list[str]]:

@@ -30,8 +30,9 @@ from ..data.coco_format import class_names, read_coco_json
 from ..data.images import fault_of
 from ..data.inspection import PROBLEMS
 from ..engine import load_config
-from ..engine.checks import check_model, check_weights
+from ..engine.checks import check_weights
 from ..engine.config import choose_device
+from ..engine.rehearsal import check_build
 from ..errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -232,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw everything; 1 if files could not be read."""
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
-    check_model(cfg)
+    check_build(cfg, args.config_file, args.opts, training=False)
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)

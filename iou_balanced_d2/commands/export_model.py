@@ -5,8 +5,10 @@ python tools/export_model.py --config-file my.yaml --format onnx --output export
 """
 
 import argparse
+import contextlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -19,10 +21,12 @@ from detectron2.data.transforms import AugInput
 from detectron2.modeling import build_model
 from torch import Tensor
 
+from ..data import prepare_dataset, register_datasets_of
 from ..data.loading import build_mapper
 from ..engine import load_config
 from ..engine.checkpoint import RobustCheckpointer
 from ..engine.checks import check_weights
+from ..engine.rehearsal import check_build
 from ..errors import UserError
 from ..modeling.export import (
     OUTPUT_NAMES,
@@ -88,15 +92,29 @@ def check(path: str, expected: Detections, image: Tensor) -> str:
 
 def describe(cfg: CfgNode) -> dict[str, object]:
     """What a user of the file has to know."""
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
     return {
         "input": "image: (3, H, W) float32, values 0 to 255, one image",
         "channels": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "outputs": "boxes (D, 4) XYXY in pixels of the input, scores (D,), classes (D,)",
-        "class_names": list(metadata.get("thing_classes", [])) if metadata else [],
+        "class_names": class_names(cfg),
     }
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """The classes in the order of their numbers, from the first of the run's data sets at hand."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        with contextlib.suppress(UserError):
+            prepare_dataset(name)
+        if names := MetadataCatalog.get(name).get("thing_classes"):
+            return list(names)
+    print(
+        "export_model.py: warning: model.json has no class names, as no data set of the config can "
+        "be read here",
+        file=sys.stderr,
+    )
+    return []
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
     if not cfg.MODEL.WEIGHTS:
         raise UserError("nothing to export: give MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)
+    register_datasets_of(cfg)
+    check_build(cfg, args.config_file, args.opts, training=False)
     try:
         os.makedirs(args.output, exist_ok=True)
     except OSError as error:

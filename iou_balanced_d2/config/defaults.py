@@ -5,10 +5,14 @@ from dataclasses import asdict
 from detectron2.config import CfgNode
 
 from ..losses import LossOptions
+from ..projects import add_project_configs
 
 
 def add_iou_balanced_config(cfg: CfgNode) -> None:
-    """Add the project's keys, with their defaults, to detectron2's config."""
+    """Add the keys of this package and of its projects, with defaults, to detectron2's config.
+
+    With them every ``config.yaml`` that ``train_net.py`` has written can be read.
+    """
     # The losses; LossOptions describes the keys.
     cfg.MODEL.IOU_BALANCED = CfgNode({k.upper(): v for k, v in asdict(LossOptions()).items()})
 
@@ -47,6 +51,8 @@ def add_iou_balanced_config(cfg: CfgNode) -> None:
     # Log the losses on DATASETS.TEST every so many iterations and after the last one, as
     # validation/loss_cls and so on. 0 = never.
     cfg.TEST.LOSS_PERIOD = 0
+
+    add_project_configs(cfg)
 
 
 def loss_options(cfg: CfgNode) -> LossOptions:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode, get_cfg
 
 from ..losses import LossOptions
-from ..projects import add_project_configs, import_projects
+from ..projects import import_projects
 from .defaults import add_iou_balanced_config
 
 _WIDTH = 100
@@ -37,7 +37,6 @@ def config_help() -> list[KeyHelp]:
     """
     cfg = get_cfg()
     add_iou_balanced_config(cfg)
-    add_project_configs(cfg)
     keys = [
         (f"MODEL.IOU_BALANCED.{name.upper()}", meaning)
         for name, meaning in _commented_names(LossOptions)

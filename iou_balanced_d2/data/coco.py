@@ -87,6 +87,9 @@ def register_datasets_of(cfg: CfgNode) -> None:
             if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
                 raise UserError(f"DATASETS.{key}: expected {form}, got {entry!r}")
             register(*entry)
+    for key in ("TRAIN", "TEST"):
+        if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
+            raise UserError(f"DATASETS.{key}: expected names, got {cfg.DATASETS[key]!r}")
     for entry in cfg.DATASETS.VOC_FOLDER:
         if not _is_voc_entry(entry):
             raise UserError(

@@ -128,12 +128,13 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list[Any]]:
         # detectron2 seeds some samplers by numpy's random state; DataLoader draws from torch's.
         with seeded(_SAMPLER, self.seed):
-            batches = iter(self._build())
+            batches = iter(self.build())
             first = next(batches)
         yield first
         yield from batches
 
-    def _build(self) -> Iterable[list[Any]]:
+    def build(self) -> Iterable[list[Any]]:
+        """detectron2's loader of the batches from ``start_iter`` on."""
         sampler = build_detection_train_loader.from_config(
             self._cfg, mapper=self._mapper, dataset=self._dicts
         )["sampler"]

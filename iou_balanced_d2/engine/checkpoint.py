@@ -252,6 +252,8 @@ class LossState:
 
     def __init__(self, model: nn.Module):
         self.losses = [m for m in model.modules() if isinstance(m, IoUBalancedLoss)]
+        for loss in self.losses:
+            loss.is_saved = True
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each loss, in the order of the model's modules."""

@@ -1,40 +1,61 @@
 """Checks of a config before a run writes or starts anything."""
 
+import difflib
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..config import loss_options
 from ..data.checks import detector_node
 from ..errors import UserError
-from ..losses.options import check_plain_losses
+from ..evaluation import metric_names
 from ..modeling import interface_of
 from .checkpoint import checkpoint_files
 from .train_step import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
+# Data workers above this only take memory.
+_WORKERS_PER_CPU = 32
 
-def check_model(cfg: CfgNode) -> None:
-    """Check the meta-architecture's name and the values of the losses' keys.
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Check that an evaluation gives TEST.BEST_METRIC, once the data sets' classes are known.
 
     Raises:
-        UserError: naming the key.
+        UserError: naming a metric that is near it.
     """
-    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
-        raise UserError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not known")
-    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    try:
-        interface_of(detector).check_loss_options(loss_options(cfg))
-        for section, keys in cfg.MODEL.items():
-            if isinstance(keys, CfgNode):
-                check_plain_losses(keys, f"MODEL.{section}.")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    metric = cfg.TEST.BEST_METRIC
+    if metric.startswith("validation/"):
+        if cfg.TEST.LOSS_PERIOD <= 0:
+            raise UserError(f"TEST.BEST_METRIC {metric!r} needs a TEST.LOSS_PERIOD above 0")
+        return
+    several = len(cfg.DATASETS.TEST) > 1
+    runs = {"": True, "ema/": cfg.MODEL.EMA.ENABLED, "tta/": cfg.TEST.AUG.ENABLED}
+    names = []
+    for data_set in cfg.DATASETS.TEST:
+        prefixes = [run + f"{data_set}/" * several for run, on in runs.items() if on]
+        names += [prefix + name for prefix in prefixes for name in metric_names(data_set)]
+    if metric:
+        check_name(metric, names)
+
+
+def check_name(metric: str, names: Sequence[str]) -> None:
+    """Check that TEST.BEST_METRIC is one of the names.
+
+    Raises:
+        UserError: naming one that is near it.
+    """
+    if metric not in names:
+        close = difflib.get_close_matches(metric, names, n=1, cutoff=0.3) or names[:1]
+        raise UserError(
+            f"TEST.BEST_METRIC {metric!r} is not a result of the evaluation; "
+            f"did you mean {close[0]!r}?"
+        )
 
 
 def check_training(cfg: CfgNode) -> None:
@@ -92,6 +113,9 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
                 f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is one GPU, but {world_size} processes need "
                 "one each: set MODEL.DEVICE cuda"
             )
+    workers, most = cfg.DATALOADER.NUM_WORKERS, _WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if workers > most:
+        raise UserError(f"DATALOADER.NUM_WORKERS {workers} must be at most {most} on this machine")
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference and batch % reference:
         raise UserError(

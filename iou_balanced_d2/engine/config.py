@@ -3,7 +3,8 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_iou_balanced_config
 from ..errors import UserError
-from ..projects import add_project_configs
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -28,9 +28,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Raises:
         UserError: if the file is missing or broken, or a key or value does not fit.
     """
-    cfg = get_cfg()
-    add_iou_balanced_config(cfg)
-    add_project_configs(cfg)
+    cfg = _defaults()
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file!r} not found")
     keys = set(flatten(cfg))
@@ -45,7 +43,57 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(opts))
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(_explain(error, keys)) from error
+    defaults = flatten(_defaults())
+    for key, value in flatten(cfg).items():
+        if value is None and defaults[key] is not None:
+            raise UserError(f"{key} can't be None; {defaults[key]!r} is its default")
+        if any(not _is_text(text) for text in _texts(value)):
+            raise UserError(f"{key} {value!r} has a character that no name or path can have")
     return cfg
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def _is_text(text: str) -> bool:
+    """Whether the text has no NUL and no byte of another encoding than UTF-8."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_iou_balanced_config(cfg)
+    return cfg
+
+
+def settings(config_file: str, opts: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """What the user has set: by KEY VALUE pairs, in the config file, in its _BASE_ and so on.
+
+    Args:
+        config_file: as for :func:`load_config`.
+        opts: likewise.
+
+    Yields:
+        each key with the value that it would have without: of the file, of its _BASE_, ...
+    """
+    files: list[str] = []
+
+    class Reader(CfgNode):
+        @classmethod
+        def _open_cfg(cls, filename: str) -> Any:
+            files.append(filename)
+            return super()._open_cfg(filename)
+
+    Reader.load_yaml_with_base(config_file)
+    layers = [load_config(config_file, opts), *map(load_config, files), _defaults()]
+    for upper, lower in pairwise(map(flatten, layers)):
+        yield from ((key, lower[key]) for key in upper if upper[key] != lower[key])
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -67,6 +115,8 @@ def _explain(error: Exception, keys: set[str]) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if unknown := re.search(r"Non-existent config key: (\S+)", text):
         return _unknown_key(unknown.group(1), keys)
+    if mismatch := re.match(r"Type mismatch \(<class '(\w+)'> .*>\) with .*: (\S+)$", text, re.S):
+        return f"{mismatch[2]} must be of type {mismatch[1]}: {' '.join(text.split())}"
     if isinstance(error, FileNotFoundError):
         return f"its _BASE_ {error.filename!r} not found"
     if isinstance(error, yaml.constructor.ConstructorError):

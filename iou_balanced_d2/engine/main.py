@@ -15,8 +15,8 @@ from ..data import check_datasets, register_datasets_of
 from ..projects import import_projects
 from .checkpoint import RobustCheckpointer
 from .checks import (
+    check_best_metric,
     check_launch,
-    check_model,
     check_output_dir,
     check_training,
     check_weights,
@@ -25,6 +25,7 @@ from .checks import (
 from .config import choose_device, load_config
 from .console import describe_run, setup_loggers
 from .launch import Placement
+from .rehearsal import check_build
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,16 @@ def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
-    check_model(cfg)
     check_launch(cfg, num_gpus=placement.local_size, num_machines=placement.num_machines)
     check_training(cfg)
+    register_datasets_of(cfg)
+    training, world_size = not args.eval_only, placement.local_size * placement.num_machines
+    check_build(cfg, args.config_file, args.opts, training=training, world_size=world_size)
     if placement.machine_rank == 0:  # the others get the weights from there
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
-    check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
+    check_datasets(cfg, training=training, read_images=args.check_dataset)
+    if training:
+        check_best_metric(cfg)
     check_output_dir(cfg)
     cfg.freeze()
     return cfg

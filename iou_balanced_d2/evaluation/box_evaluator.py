@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -20,8 +22,31 @@ from .coco_eval import (
     prepare_ground_truth,
 )
 from .detections import make_detections, read_ground_truth
-from .metrics import class_table, coco_metrics, recall_table, threshold_table, voc_table
-from .voc import voc_average_precision, voc_metrics
+from .metrics import (
+    IOU_PERCENT,
+    class_table,
+    coco_metrics,
+    recall_table,
+    threshold_table,
+    voc_table,
+)
+from .voc import VocAP, voc_average_precision, voc_metrics
+
+
+def metric_names(dataset_name: str) -> list[str]:
+    """The names of what :class:`BoxEvaluator` computes, such as "bbox/AP75".
+
+    Args:
+        dataset_name: a registered data set, whose classes are known.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    classes, thresholds = metadata.get("thing_classes", []), len(IOU_PERCENT)
+    undefined = np.full((thresholds, 1, len(classes), 4, 3), -1.0)
+    names = [f"bbox/{name}" for name in coco_metrics(undefined, undefined[:, 0], classes)]
+    if metadata.get("voc_style"):
+        nothing = np.full((thresholds, len(classes)), np.nan)
+        names += [f"voc/{name}" for name in voc_metrics(VocAP(nothing, nothing), classes)]
+    return names
 
 
 class BoxEvaluator(COCOEvaluator):

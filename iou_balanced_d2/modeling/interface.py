@@ -5,8 +5,6 @@ from typing import Any, ClassVar, Protocol
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-from ..losses import LossOptions
-
 
 class DetectorInterface(Protocol):
     """How the training of a meta-architecture differs from RetinaNet's.
@@ -35,14 +33,6 @@ class DetectorInterface(Protocol):
             detectron2's augmentations and transforms, or None for those of detectron2.
         """
         return None
-
-    @classmethod
-    def check_loss_options(cls, options: LossOptions) -> None:
-        """Refuse options that this detector does not support.
-
-        Raises:
-            ValueError: naming the key.
-        """
 
     @classmethod
     def check_weights(cls, cfg: CfgNode) -> None:

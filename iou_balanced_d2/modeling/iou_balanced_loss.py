@@ -4,6 +4,7 @@ Letters: N images, R anchors of one image over all levels, R_l on level l, K cla
 L levels. Boxes are XYXY in absolute coordinates.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.logger import log_first_n
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
@@ -29,6 +31,11 @@ _BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 # A scalar makes the host wait for the device, so they are written as often as detectron2 prints.
 _LOG_PERIOD = 20
 _EMA_MOMENTUM = 0.9  # detectron2's
+_NOT_SAVED = (
+    "Checkpoints of this training don't hold the losses' state (w_loc, the average number of "
+    "positives): let the trainer extend iou_balanced_d2.engine.TrainerMixin, see docs/config.md, "
+    "In other trainers"
+)
 
 # From the positives, their anchors (P, 4) and ground truth (P, 4) to sums of other losses, by name.
 ExtraLosses = Callable[[Positives, Tensor, Tensor], dict[str, Tensor]]
@@ -108,6 +115,8 @@ class IoUBalancedLoss(nn.Module):
         self.w_loc_measurement = WLocMeasurement(self.options)
         # If set, it is called at each step with the positives' IoU and weights, (P,) each by name.
         self.observer: Callable[[dict[str, Tensor]], None] | None = None
+        # Whether checkpoints have the training state: set by what saves it.
+        self.is_saved = False
         self.register_buffer("num_pos_ema", torch.tensor(num_pos_start).double(), persistent=False)
 
     def extra_repr(self) -> str:
@@ -259,6 +268,8 @@ class IoUBalancedLoss(nn.Module):
         storage = _event_storage()
         if storage is None:
             return
+        if not self.is_saved:
+            log_first_n(logging.WARNING, _NOT_SAVED, name=__name__)
         storage.put_scalar("num_pos_anchors", num_pos / max(num_images, 1))
         if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
             scalars = {

@@ -114,7 +114,7 @@ BAD_INPUT = {
     "unknown box loss": (
         ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l7"],
         None,
-        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be one of",
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE 'l7' can't be used",
     ),
     "classes that do not fit": (
         ["MODEL.RETINANET.NUM_CLASSES", "80"],

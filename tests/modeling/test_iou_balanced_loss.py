@@ -10,13 +10,10 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from iou_balanced_d2.engine.checks import check_model
-from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import IoUBalancedLoss
 
 from ..losses import numpy_oracle as oracle
-from ..toy import toy_config
 
 K, LEVEL_SIZES, NUM_IMAGES = 3, (12, 6), 2
 EMA_AFTER_ONE = 0.9 * 100
@@ -305,18 +302,11 @@ def test_bad_keys_of_the_plain_losses_are_named(name, value):
     argument = name.lower().replace("l1_loss", "l1").replace("bbox", "box")
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make_loss(**{argument: value})
-    cfg = toy_config(f"MODEL.RETINANET.{name}", value)
-    with pytest.raises(UserError, match=f"^MODEL.RETINANET.{name} must be"):
-        check_model(cfg)
 
 
 def test_the_edges_of_the_plain_losses_keys_are_accepted():
-    check_model(toy_config("MODEL.RETINANET.FOCAL_LOSS_ALPHA", -1.0))
-    check_model(
-        toy_config(
-            "MODEL.RETINANET.FOCAL_LOSS_GAMMA", 0.0, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.0
-        )
-    )
+    make_loss(focal_loss_alpha=-1.0)
+    make_loss(focal_loss_gamma=0.0, smooth_l1_beta=0.0)
 
 
 def test_labels_above_the_number_of_classes_are_one_clear_error():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import cv2
 import onnx
@@ -21,6 +22,7 @@ from iou_balanced_d2.modeling.export import (
     plain_detector,
 )
 
+from ..command import forget_own_data
 from ..modeling.test_tta import detector
 from ..toy import CONFIG, toy_inputs, toy_model
 
@@ -57,9 +59,9 @@ def command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": detector()[1].state_dict()}, "weights.pth")
 
-    def run(*args, weights="weights.pth"):
+    def run(*args, weights="weights.pth", opts=()):
         argv = ["export_model.py", "--config-file", get_config_file(CONFIG), "--output", "out"]
-        opts = [*TOY, "MODEL.WEIGHTS", weights]
+        opts = [*TOY, "MODEL.WEIGHTS", weights, *opts]
         monkeypatch.setattr(sys, "argv", [*argv, *args, *opts])
         return run_command("export")
 
@@ -86,6 +88,19 @@ def test_a_file_detects_as_the_detector_in_images_of_any_size(name, command, tmp
     described = json.loads((tmp_path / "out/model.json").read_text())
     assert described["channels"] == "BGR"
     assert described["class_names"][0] == "person"
+
+
+def test_the_classes_of_ones_own_data_are_named(command, own_data, tmp_path, capsys):
+    forget_own_data()
+    own = ["DATASETS.COCO_JSON", str([["own", *own_data]]), "DATASETS.TEST", "('own',)"]
+    assert command(opts=own) == 0
+    described = json.loads((tmp_path / "out/model.json").read_text())
+    assert described["class_names"] == ["square", "circle"]
+    forget_own_data()
+    Path(own_data[0]).unlink()
+    assert command(opts=[*own, "DATASETS.TRAIN", "('own',)"]) == 0
+    assert json.loads((tmp_path / "out/model.json").read_text())["class_names"] == []
+    assert "model.json has no class names" in capsys.readouterr().err
 
 
 def test_the_graph_is_plain_retinanets(tmp_path):

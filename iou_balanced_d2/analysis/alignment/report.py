@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
 from ...files import write_text
 from ..page import Page, plain
+from ..plots import labelled
 from .analysis import Alignment, analyze
 from .figures import (
     draw_ap,
@@ -144,7 +145,9 @@ def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) ->
         "A calibrated score lies on the diagonal: of the detections with score .7, 70 % are "
         "right. ECE is the mean distance from it, weighted by the number of detections."
     )
-    page.figure(draw_calibration(results, output / "calibration.png"), "Calibration curves")
+    page.figure(
+        draw_calibration(labelled(results), output / "calibration.png"), "Calibration curves"
+    )
     _add_classes(page, results)
     _add_thresholds(page, results)
     page.heading("Rules")
@@ -167,7 +170,7 @@ def _add_ap(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> 
         for text, ap in kinds.items():
             rows.append([name + text, *(ap[key] for key in ("AP", "AP50", "AP75", "AP90"))])
     page.table(["", "AP", "AP50", "AP75", "AP90"], rows)
-    page.figure(draw_ap(results, output / "ap.png"), "AP at IoU .50 to .95")
+    page.figure(draw_ap(labelled(results), output / "ap.png"), "AP at IoU .50 to .95")
 
 
 def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Path) -> None:
@@ -186,11 +189,13 @@ def _add_alignment(page: Page, results: Mapping[str, dict[str, Any]], output: Pa
     headers = ["", "right", "Pearson", "Spearman", "outranked", "mean IoU lost"]
     page.table(headers, rows, digits=3)
     page.text("Mean score of the detections by the IoU of their box (the paper's Fig. 2):")
-    page.figure(draw_score_by_iou(results, output / "score_by_iou.png"), "Mean score by IoU")
+    page.figure(
+        draw_score_by_iou(labelled(results), output / "score_by_iou.png"), "Mean score by IoU"
+    )
     page.text("Share of the detections by the IoU of their box (the paper's Fig. 3):")
-    page.figure(draw_share_by_iou(results, output / "share_by_iou.png"), "Share by IoU")
+    page.figure(draw_share_by_iou(labelled(results), output / "share_by_iou.png"), "Share by IoU")
     page.text("How many detections there are of each IoU and score:")
-    page.figure(draw_density(results, output / "density.png"), "Density of score and IoU")
+    page.figure(draw_density(labelled(results), output / "density.png"), "Density of score and IoU")
 
 
 def _add_classes(page: Page, results: Mapping[str, dict[str, Any]]) -> None:

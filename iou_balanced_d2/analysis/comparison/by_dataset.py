@@ -2,18 +2,20 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from tabulate import tabulate
 
 from ...errors import UserError
 from ...files import write_atomically, write_text
-from ..page import plain
+from ..page import clean, markdown_text, plain
 from ..plots import make_folder, style
 from .compare import compare_sides
 from .forest_plot import forest_plot
@@ -68,16 +70,15 @@ class Against:
     def table(self) -> str:
         """Differences as Markdown, one row a data set, and the pooled ones below."""
         rows = [
-            [sets[0].name, *(_effect_cell(e) for e in sets)]
+            [markdown_text(sets[0].name), *(_effect_cell(e) for e in sets)]
             for sets in zip(*self.effects.values(), strict=True)
         ]
         pooled = [self.pooled.get(metric) for metric in self.effects]
         for name, text in _POOLED_ROWS.items():
             rows.append([name, *("–" if p is None else text(p) for p in pooled)])
         align = ["left", *["right"] * len(pooled)]
-        headers = ["data set", *self.effects]
-        escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-        return tabulate(escaped, headers, "pipe", colalign=align, disable_numparse=True)
+        headers = ["data set", *map(markdown_text, self.effects)]
+        return tabulate(rows, headers, "pipe", colalign=align, disable_numparse=True)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; null where undefined."""
@@ -140,12 +141,14 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     files, parts = [folder / "by_dataset.md", folder / "by_dataset.json"], []
     for i, against in enumerate(found, start=1):
         title = f"{against.name} against {against.first}"
-        file = folder / f"forest_{against.name.replace('/', '_').replace(' ', '_')}.png"
+        name = re.sub(r"[^\w.-]", "_", clean(against.name))
+        file = folder / f"forest_{name}.png"
         figure = forest_plot(title, against.effects, against.pooled, style(i)["color"])
         write_atomically(file, partial(figure.savefig, format="png"))
         files.append(file)
         parts.append(
-            f"## {title}\n\n{against.verdict()}\n\n![{title}]({file.name})\n\n{against.table()}\n"
+            f"## {markdown_text(title)}\n\n{markdown_text(against.verdict())}\n\n"
+            f"![{markdown_text(title)}]({quote(file.name)})\n\n{against.table()}\n"
         )
     write_text(files[0], "\n".join(parts))
     numbers = {against.name: against.to_json() for against in found}

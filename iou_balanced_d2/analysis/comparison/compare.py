@@ -1,6 +1,7 @@
 """Does side B beat side A: AP of several runs, and differences with their uncertainty."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def compare_sides(
             raise UserError(f"side {name!r} has no run")
     loaded = {name: [load_run(p, ground_truth) for p in paths] for name, paths in sides.items()}
     runs = [run for side in loaded.values() for run in side]
+    for side in loaded.values():
+        _check_different(side)
     _check_same_ground_truth(runs)
     truths = _read_ground_truths(runs[0].ground_truth)
     datasets = {name: len(truth.images) for name, truth in truths.items()}
@@ -146,6 +149,20 @@ def run_metrics(path: str | Path) -> dict[str, float]:
 def _result(name: str, runs: Sequence[Run], values: SideValues) -> SideResult:
     curves = tuple(read_curves(run.path) for run in runs)
     return SideResult(name, tuple(run.path for run in runs), values.plain, curves)
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    """Make sure that no run counts twice in a side, whatever its path is spelled like.
+
+    Raises:
+        UserError: naming the run and both spellings.
+    """
+    known: dict[str, str] = {}
+    for run in runs:
+        file = os.path.realpath(run.path)
+        if file in known:
+            raise UserError(f"{known[file]!r} and {run.path!r} are one run: {file}")
+        known[file] = run.path
 
 
 def _check_same_ground_truth(runs: Sequence[Run]) -> None:

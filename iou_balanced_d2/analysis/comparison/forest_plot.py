@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..plots import label
 from .meta_analysis import Effect, Estimate, Pooled
 
 _SMALL = 7.5  # points; 10 inches are drawn about 900 pixels wide in a README
@@ -24,17 +25,17 @@ def forest_plot(
     Returns:
         the figure, on white.
     """
-    names = [e.name for e in next(iter(effects.values()))]
+    names = [label(e.name) for e in next(iter(effects.values()))]
     rows = [*names, "random effects", "fixed effect"]
     size = (10, 0.9 + 0.42 * len(rows))
     figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(effects), sharey=True, squeeze=False)[0]
     for axes, (metric, found) in zip(panels, effects.items(), strict=True):
         _draw(axes, found, pooled.get(metric), color)
-        axes.set_title(metric, fontsize=9)
+        axes.set_title(label(metric), fontsize=9)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=8.5)
     panels[0].set_ylim(len(rows) - 0.4, -0.75)
-    figure.suptitle(f"{title}: difference in AP points, 95 % intervals", fontsize=10)
+    figure.suptitle(f"{label(title)}: difference in AP points, 95 % intervals", fontsize=10)
     return figure
 
 

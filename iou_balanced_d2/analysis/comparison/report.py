@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _page(comparison: Comparison, folder: Path) -> Page:
     if runs:
         figure = save_figure(draw_curves(runs), folder / "curves.png")
         page.figure(figure, "Losses and AP during the trainings")
-    for link in _alignment_reports(comparison):
+    for link in _alignment_reports(comparison, folder):
         page.link(*link)
     return page
 
@@ -140,7 +141,7 @@ def _add_runs(page: Page, comparison: Comparison) -> None:
     page.table(("side", "run", "AP"), rows)
 
 
-def _alignment_reports(comparison: Comparison) -> list[tuple[str, str]]:
+def _alignment_reports(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
     """The pages that ``train_net.py --eval-only`` wrote with TEST.ALIGNMENT_REPORT."""
     pages = [
         Path(path, "inference", name, "alignment/index.html")
@@ -149,7 +150,10 @@ def _alignment_reports(comparison: Comparison) -> list[tuple[str, str]]:
         for name in comparison.datasets
     ]
     return [
-        (f"Alignment of scores and boxes: {page}", page.resolve().as_uri())
+        (
+            f"Alignment of scores and boxes: {page}",
+            os.path.relpath(page.resolve(), folder.resolve()),
+        )
         for page in pages
         if page.is_file()
     ]

@@ -89,7 +89,11 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
             ValueError: if an option is not for FCOS; the message names the key.
         """
         super().__init__(**fcos)
-        self.check_loss_options(iou_balanced)
+        if iou_balanced.loc_weight_rule == "anchors":
+            raise ValueError(
+                "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE must be first or running, got 'anchors': FCOS "
+                "has points in place of anchors, so there are no boxes to measure w_loc with"
+            )
         self.iou_balanced_loss = IoUBalancedLoss(
             num_classes=self.num_classes,
             box2box_transform=self.box2box_transform,
@@ -104,19 +108,6 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """FCOS's arguments and the options of ``MODEL.IOU_BALANCED``."""
         return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
-
-    @classmethod
-    def check_loss_options(cls, options: LossOptions) -> None:
-        """Refuse to measure w_loc at anchors: those of FCOS are points.
-
-        Raises:
-            ValueError: naming the key.
-        """
-        if options.loc_weight_rule == "anchors":
-            raise ValueError(
-                "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE must be first or running, got 'anchors': FCOS "
-                "has points in place of anchors, so there are no boxes to measure w_loc with"
-            )
 
     def losses(
         self,

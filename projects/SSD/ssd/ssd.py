@@ -314,7 +314,12 @@ class IoUBalancedSSD(SSD):
             ValueError: if an option is not for SSD; the message names the key.
         """
         super().__init__(**ssd)
-        self.check_loss_options(iou_balanced)
+        if iou_balanced.cls_loss != "iou_balanced":
+            raise ValueError(
+                "MODEL.IOU_BALANCED.CLS_LOSS must be iou_balanced, got "
+                f"{iou_balanced.cls_loss!r}: SSD's scores are a softmax, and that loss needs a "
+                "sigmoid for each class"
+            )
         self.iou_balanced_loss = SSDLoss(
             neg_pos_ratio=self.neg_pos_ratio,
             num_classes=self.num_classes,
@@ -327,19 +332,6 @@ class IoUBalancedSSD(SSD):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """SSD's arguments and the options of ``MODEL.IOU_BALANCED``."""
         return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
-
-    @classmethod
-    def check_loss_options(cls, options: LossOptions) -> None:
-        """Refuse the rivals of eq. 2, which need a sigmoid for each class.
-
-        Raises:
-            ValueError: naming the key.
-        """
-        if options.cls_loss != "iou_balanced":
-            raise ValueError(
-                f"MODEL.IOU_BALANCED.CLS_LOSS must be iou_balanced, got {options.cls_loss!r}: "
-                "SSD's scores are a softmax, and that loss needs a sigmoid for each class"
-            )
 
     def losses(
         self,
