@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 
 import torch
 from detectron2.config import CfgNode
@@ -116,19 +115,3 @@ def warn_linear_rule(cfg: CfgNode) -> None:
             f"({16 * rate_per_image:g} for 16 images) gives {expected:g} "
             "(less is right for fine-tuning a detector)"
         )
-
-
-def check_output_dir(cfg: CfgNode) -> None:
-    """Check that OUTPUT_DIR can be written. The last check, as it makes the folder.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} can't be written: {error.strerror}"
-        ) from error

@@ -17,17 +17,18 @@ from ..analysis.alignment import dataset_files, write_alignment_report
 from ..data import check_datasets, register_datasets_of
 from ..errors import UserError
 from ..projects import import_projects
-from .checkpoint import RobustCheckpointer
+from .checkpoint import RobustCheckpointer, loading
 from .checks import (
     check_launch,
     check_model,
-    check_output_dir,
     check_training,
     check_weights,
     warn_linear_rule,
 )
 from .config import choose_device, load_config
 from .launch import Placement
+from .optimizer import WeightsAverage
+from .run_folder import check_output_dir, check_unused, one_training
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ def launch_argument_parser() -> argparse.ArgumentParser:
         default=600.0,
         metavar="SECONDS",
         help="how long processes wait for each other, at the start and later (default: 600)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete the training that OUTPUT_DIR holds and start anew (not with --resume)",
     )
     return parser
 
@@ -98,8 +104,10 @@ def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     check_training(cfg)
     if placement.machine_rank == 0:  # the others get the weights from there
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    if not (args.eval_only or args.resume or args.overwrite or placement.started):
+        check_unused(cfg.OUTPUT_DIR)  # one_training does again: this one comes before data are read
     check_datasets(cfg, training=not args.eval_only, read_images=args.check_dataset)
-    check_output_dir(cfg)
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -117,6 +125,19 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchor generator
     import_projects()  # as in the launching process
     register_datasets_of(cfg)
+    if args.eval_only:
+        _set_up(cfg, args)
+        return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
+    with one_training(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS) as resume:
+        _set_up(cfg, args)
+        warn_linear_rule(cfg)
+        trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
+        trainer.resume_or_load(resume=resume)
+        return trainer.train()
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """detectron2's setup, and this package's log in the same places."""
     rank = comm.get_rank()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="iou_balanced_d2")
     # With these very arguments, so that detectron2's default_setup finds its loggers set up.
@@ -126,12 +147,6 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("Running on the CPU (MODEL.DEVICE: cpu)")
-    if args.eval_only:
-        return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
-    warn_linear_rule(cfg)
-    trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
 
 
 def write_reports(cfg: CfgNode) -> None:
@@ -158,13 +173,16 @@ def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> d
         TEST.EXPECTED_RESULTS are missed.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint)
+    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint, strict=True)
     others = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **Trainer.test_with_tta(cfg, model)}
     if cfg.MODEL.EMA.ENABLED and "ema" in others:
-        results = {**results, **Trainer.test_average(cfg, model, others["ema"])}
+        average = WeightsAverage(model, cfg.MODEL.EMA.DECAY)
+        with loading(cfg.MODEL.WEIGHTS, "ema"):
+            average.load_state_dict(others["ema"])
+        results = {**results, **Trainer.test_average(cfg, model, average.state_dict())}
     if comm.is_main_process():
         if cfg.TEST.ALIGNMENT_REPORT:
             write_reports(cfg)
