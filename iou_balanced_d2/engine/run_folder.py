@@ -74,7 +74,7 @@ def check_unused(folder: str) -> None:
 
 def _matching(folder: str, names: re.Pattern[str]) -> list[str]:
     """The files of these names that are not empty."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return sorted(
             e.name
             for e in entries
