@@ -49,7 +49,7 @@ docs: setup
 	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
 demo: setup
-	$(BIN)/python train_net.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml
+	$(BIN)/python train_net.py --overwrite --config-file configs/Demo/retinanet_demo_iou_balanced.yaml
 	$(BIN)/python tools/visualize_results.py --config-file configs/Demo/retinanet_demo_iou_balanced.yaml --output output/demo/pictures
 
 bench: setup

@@ -92,6 +92,8 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="path to config file")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="delete the training that OUTPUT_DIR holds and "
+        "start anew (not with --resume)")  # fmt: skip
     add("--eval-only", action="store_true", help="perform evaluation only")
     add("--num-gpus", type=int, default=1,
         help="number of GPUs *per machine*; on a CPU number of processes")  # fmt: skip

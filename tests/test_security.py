@@ -98,6 +98,39 @@ def test_a_config_that_would_run_code_is_refused(tmp_path, where, tag):
     assert not made.exists()
 
 
+@pytest.mark.parametrize("where", ["file", "base"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [{f'*x{i - 1},' * 9}]\n" for i in range(1, 30)),
+            "has over 100000 values, as its aliases (*) repeat them",
+        ),
+        ("OUTPUT_DIR: &x [*x]\n", "has over 100000 values"),
+        ("[" * 100_000, "recursion"),
+        ("_BASE_: bad.yaml\n", "leads back to itself"),
+        ("_BASE_: good.yaml\n", "leads back to itself"),
+    ],
+    ids=["a bomb", "a circle", "deep", "itself", "a circle of files"],
+)  # fmt: skip
+def test_a_config_that_takes_forever_is_refused(tmp_path, where, text, said):
+    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "good.yaml").write_text("_BASE_: bad.yaml\n")
+    file = tmp_path / ("bad.yaml" if where == "file" else "good.yaml")
+    with pytest.raises(UserError) as caught:
+        load_config(str(file))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_of_a_usual_number_are_read(tmp_path):
+    """PyYAML writes them for values that are one object."""
+    (tmp_path / "x.yaml").write_text(
+        "SOLVER:\n  STEPS: &id001 [7, 8]\nTEST:\n  AUG:\n    MIN_SIZES: *id001\n"
+    )
+    assert load_config(str(tmp_path / "x.yaml")).TEST.AUG.MIN_SIZES == (7, 8)
+
+
 def test_options_of_the_command_line_are_values_only(tmp_path):
     word = f"__import__('os').mkdir({str(tmp_path / 'made')!r})"
     cfg = load_config(CONFIG, ["OUTPUT_DIR", word])

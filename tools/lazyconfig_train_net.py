@@ -24,6 +24,7 @@ from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.engine.console import setup_loggers
+from iou_balanced_d2.engine.run_folder import check_output_dir, one_training
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
@@ -35,7 +36,6 @@ from iou_balanced_d2.projects import import_projects
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    AMPTrainer,
     create_ddp_model,
     default_setup,
     default_writers,
@@ -166,8 +166,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         # detectron2 would give it this process's number, also where that is no GPU.
         gpu = {} if cfg.train.device.startswith("cuda") else {"device_ids": None}
         model = create_ddp_model(model, **cfg.train.ddp, **gpu)
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else StepTrainer
-    trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
+    precision = torch.float16 if cfg.train.amp.enabled else None
+    loader = instantiate(cfg.dataloader.train)
+    trainer = StepTrainer(model, loader, optimizer, precision=precision)
     checkpointer = RobustCheckpointer(
         model, cfg.train.output_dir, trainer=trainer, iou_balanced=LossState(model)
     )
@@ -181,15 +182,22 @@ def main(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     import_projects()
     cfg = load(args)
-    setup_loggers(cfg.train.output_dir)
-    default_setup(cfg, args)
-    model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        checkpointer = RobustCheckpointer(model, cfg.train.output_dir)
+        model = set_up(cfg, args)
+        checkpointer = RobustCheckpointer(model, cfg.train.output_dir, strict=True)
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         evaluate(cfg, model)
         return
-    train(cfg, model, resume=args.resume)
+    with one_training(cfg.train.output_dir, args, cfg.train.init_checkpoint) as resume:
+        train(cfg, set_up(cfg, args), resume=resume)
+
+
+def set_up(cfg: DictConfig, args: argparse.Namespace) -> nn.Module:
+    """Logs in the output folder, and the model on its device."""
+    setup_loggers(cfg.train.output_dir)
+    default_setup(cfg, args)
+    model: nn.Module = instantiate(cfg.model).to(cfg.train.device)
+    return model
 
 
 def facts_of(cfg: DictConfig, args: argparse.Namespace) -> dict[str, str]:
@@ -205,11 +213,13 @@ def facts_of(cfg: DictConfig, args: argparse.Namespace) -> dict[str, str]:
 def run() -> int:
     """Check, then launch; a user's mistake is one line and exit code 2."""
     parser = launch_argument_parser()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = __doc__, key_help()
     args = parser.parse_args()
     try:
         placement = find_placement(args)
         cfg = load(args)
+        check_output_dir(cfg.train.output_dir)
         return launch(main, args, placement, device=cfg.train.device, facts=facts_of(cfg, args))
     except UserError as error:
         print(f"lazyconfig_train_net.py: error: {one_line(error)}", file=sys.stderr)

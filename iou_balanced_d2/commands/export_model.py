@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     image = sample_image(cfg, args.image)
     model = build_model(cfg)
     plain = plain_detector(model)
-    RobustCheckpointer(plain).load(cfg.MODEL.WEIGHTS)
+    RobustCheckpointer(plain, strict=True).load(cfg.MODEL.WEIGHTS)
     name, write = FORMATS[args.format]
     path = os.path.join(args.output, name)
     write(plain, image, path)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from .. import projects
 from ..errors import UserError
 from .config import flatten
 
+logger = logging.getLogger(__name__)
+
 # Keys that may differ from host to host.
 _OWN_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 # The place of the paths in each entry of these keys.
@@ -27,6 +30,9 @@ _OWN_PATHS = {
     "DATASETS.COCO_JSON": (1, 2), "DATASETS.VOC_FOLDER": (1,), "DATASETS.YOLO_FOLDER": (1,),
 }  # fmt: skip
 _SHOWN = 3  # differences named in a message
+_PROCESSES = "number of processes"
+# What decides which images a step gets.
+_STREAM = ("SEED", "SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN", _PROCESSES)
 
 
 class CommonError(UserError):
@@ -108,8 +114,38 @@ def facts_of(cfg: CfgNode, args: argparse.Namespace) -> dict[str, str]:
 
     OUTPUT_DIR, MODEL.WEIGHTS and the paths of data sets may differ from host to host.
     """
+    return {"--eval-only": str(args.eval_only), **_config_facts(cfg)}
+
+
+def _config_facts(cfg: CfgNode) -> dict[str, str]:
     flat = flatten(cfg)
     for key, places in _OWN_PATHS.items():
         flat[key] = [[x for i, x in enumerate(e) if i not in places] for e in flat.get(key, ())]
-    config = {key: str(value) for key, value in flat.items() if key not in _OWN_KEYS}
-    return {"--eval-only": str(args.eval_only), **config}
+    return {key: str(value) for key, value in flat.items() if key not in _OWN_KEYS}
+
+
+class RunState:
+    """The config of a training as a checkpointable: a resumed one tells what differs.
+
+    Args:
+        cfg: the full config.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self.facts = {**_config_facts(cfg), _PROCESSES: str(comm.get_world_size())}
+
+    def state_dict(self) -> dict[str, str]:
+        """The config's values by key, and the number of processes."""
+        return dict(self.facts)
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Warn of each value that is not that of the checkpoint."""
+        changed = [k for k, value in self.facts.items() if state.get(k, value) != value]
+        if not changed:
+            return
+        told = ", ".join(f"{k} {self.facts[k]} (was {state[k]})" for k in changed)
+        order = "; the images come in another order than without the stop"
+        logger.warning(
+            f"resumed with another config than the checkpoint's, from here on: {told}"
+            f"{order if set(changed) & set(_STREAM) else ''}"
+        )

@@ -4,22 +4,22 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlparse
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from torch import Tensor, nn
+from fvcore.common.checkpoint import _filter_reused_missing_keys
+from torch import nn
 
 from ..errors import UserError
 from ..files import write_atomically
 from ..modeling import IoUBalancedLoss, interface_of
-from .safe_load import BrokenCheckpoint, read_checkpoint
+from .safe_load import BrokenCheckpoint, read_checkpoint, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def checkpoint_files(folder: str) -> list[str]:
     tagged = ""
     with (
         contextlib.suppress(OSError),
-        open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as f,
+        open(os.path.join(folder, "last_checkpoint"), encoding="utf-8", errors="replace") as f,
     ):
         tagged = f.read().strip()
     if re.fullmatch(r"model_\d{7,}\.pth", tagged):
@@ -81,15 +81,25 @@ class RobustCheckpointer(DetectionCheckpointer):
         model: the detector, wrapped in DDP or not.
         save_dir: OUTPUT_DIR.
         trust: read checkpoints that hold other objects than tensors; that can run code.
+        strict: refuse weights that are not the whole model's, as a training that is resumed does.
         others: what else is saved and resumed, by name.
 
     Attributes:
         resumed: whether the last :meth:`resume_or_load` found a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, trust: bool = False, **others: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        trust: bool = False,
+        strict: bool = False,
+        **others: Any,
+    ):
         super().__init__(model, save_dir, **others)
         self.trust = trust
+        self.strict = strict
         self.resumed = False
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -123,29 +133,36 @@ class RobustCheckpointer(DetectionCheckpointer):
             the rest of the checkpoint.
 
         Raises:
-            UserError: if there are checkpoints, but none can be read.
+            UserError: if there are checkpoints, but none can be read, or what is read doesn't fit.
         """
 
-        def read() -> tuple[bool, dict[str, Any]]:
+        def read() -> tuple[bool, str, dict[str, Any]]:
             files = checkpoint_files(self.save_dir) if resume else []
-            return bool(files), self._read_newest(files) if files else self._read(path)
+            return bool(files), *(self._read_newest(files) if files else (path, self._read(path)))
 
-        self.resumed, checkpoint = from_main_process(read)
-        return self._apply(checkpoint, None if self.resumed else [])
+        self.resumed, path, checkpoint = from_main_process(read)
+        if self.resumed and "trainer" in self.checkpointables and "trainer" not in checkpoint:
+            raise UserError(
+                f"checkpoint {path!r} has no state of a training ('trainer') to resume: pass it as "
+                "MODEL.WEIGHTS, with another OUTPUT_DIR"
+            )
+        strict = self.strict or self.resumed
+        return self._apply(path, checkpoint, None if self.resumed else [], strict=strict)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load one file, or an address that detectron2 knows; see detectron2's."""
-        return self._apply(from_main_process(lambda: self._read(path)), checkpointables)
+        checkpoint = from_main_process(lambda: self._read(path))
+        return self._apply(path, checkpoint, checkpointables, strict=self.strict)
 
-    def _read_newest(self, files: list[str]) -> dict[str, Any]:
+    def _read_newest(self, files: list[str]) -> tuple[str, dict[str, Any]]:
         file, *before = files
         try:
-            return self._read(file)
+            return file, self._read(file)
         except BrokenCheckpoint as error:
             if not before:
                 raise UserError(
                     f"{error}; no other checkpoint in {self.save_dir!r} can be resumed from: "
-                    "start without --resume"
+                    "--overwrite starts anew"
                 ) from error
             logger.warning(f"{error}; trying the one before, {before[0]!r}")
         return self._read_newest(before)
@@ -160,11 +177,7 @@ class RobustCheckpointer(DetectionCheckpointer):
         checkpoint = read_checkpoint(file, trust=self.trust)
         if parse_qs(url.query).get("matching_heuristics") == ["True"]:
             checkpoint["matching_heuristics"] = True
-        for name, value in checkpoint["model"].items():
-            if not isinstance(value, Tensor | np.ndarray):
-                raise BrokenCheckpoint(
-                    f"checkpoint {path!r}: {name!r} is a {type(value).__name__}, not a tensor"
-                )
+        checkpoint["model"] = weights_of(path, checkpoint["model"])
         return checkpoint
 
     def _fetch(self, path: str, address: str) -> str:
@@ -184,15 +197,47 @@ class RobustCheckpointer(DetectionCheckpointer):
         return file
 
     def _apply(
-        self, checkpoint: dict[str, Any], checkpointables: list[str] | None
+        self,
+        path: str,
+        checkpoint: dict[str, Any],
+        checkpointables: list[str] | None,
+        *,
+        strict: bool,
     ) -> dict[str, Any]:
         if not checkpoint:
             return {}
-        self._log_incompatible_keys(self._load_model(checkpoint))
+        theirs = list(checkpoint["model"])
+        with loading(path, "model"):
+            incompatible = self._load_model(checkpoint)
+        self._check_match(path, theirs, incompatible, strict=strict)
+        self._log_incompatible_keys(incompatible)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in checkpoint:
-                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+                with loading(path, key):
+                    self.checkpointables[key].load_state_dict(checkpoint.pop(key))
         return checkpoint
+
+    def _check_match(
+        self, path: str, theirs: list[str], incompatible: Any, *, strict: bool
+    ) -> None:
+        """Refuse weights of which none is the model's, or if strict some are missing."""
+        missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
+        if missing >= (own := dict(self.model.named_parameters()).keys()):
+            raise UserError(
+                f"checkpoint {path!r} has no parameter of the model: its names are "
+                f"{', '.join(map(repr, theirs[:2]))}, ..., the model's {', '.join(list(own)[:2])}, "
+                "...: convert it to detectron2's names, or append ?matching_heuristics=True"
+            )
+        if not (strict and missing):
+            return
+        shapes = {k: f"{k} has shape {a}, not {b}" for k, a, b in incompatible.incorrect_shapes}
+        problems = [shapes.get(k, f"{k} is missing") for k in sorted(missing)]
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        classes = other_classes(self.model, incompatible.incorrect_shapes)
+        raise UserError(
+            f"checkpoint {path!r} does not fit the model: {classes and classes + ': '}"
+            f"{', '.join(problems[:3])}{more}; use the config that it was trained with"
+        )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         if message := other_classes_message(self.model, incompatible.incorrect_shapes):
@@ -203,17 +248,38 @@ class RobustCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
 
+@contextlib.contextmanager
+def loading(path: str, key: str) -> Iterator[None]:
+    """Errors of what does not expect what a checkpoint holds, as one line that names it."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"checkpoint {path!r}: its {key!r} can't be loaded: {reason}") from error
+
+
 def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> str:
-    """One line on layers that don't fit because the model has another number of classes.
+    """One line for :func:`other_classes`, on the layers that start anew; "" where that is ""."""
+    mismatches = list(mismatches)
+    if not (classes := other_classes(model, mismatches)):
+        return ""
+    names = ", ".join(sorted(name for name, _, _ in mismatches))
+    return (
+        f"{classes}: {names} can't be loaded and start anew, to be trained; all other weights that "
+        "the checkpoint has are loaded"
+    )
+
+
+def other_classes(model: nn.Module, mismatches: Sequence[Mismatch]) -> str:
+    """Both numbers of classes, where layers don't fit because the model has another one.
 
     Args:
         model: a dense detector with ``num_classes``.
         mismatches: ``incorrect_shapes`` of what fvcore's checkpointer found.
 
     Returns:
-        the line; "" if all layers fit, or if one doesn't for another reason.
+        part of a line; "" if all layers fit, or if one doesn't for another reason.
     """
-    mismatches = list(mismatches)
     num_classes = getattr(model, "num_classes", None)
     if not (mismatches and isinstance(num_classes, int)):
         return ""
@@ -221,12 +287,7 @@ def other_classes_message(model: nn.Module, mismatches: Iterable[Mismatch]) -> s
     found = {_classes_in_checkpoint(m, num_classes, background) for m in mismatches}
     if len(found) != 1 or found == {0}:
         return ""
-    names = ", ".join(sorted(name for name, _, _ in mismatches))
-    return (
-        f"the checkpoint has {found.pop()} classes and this model {num_classes} (NUM_CLASSES): "
-        f"{names} can't be loaded and start anew, to be trained; all other weights that the "
-        "checkpoint has are loaded"
-    )
+    return f"the checkpoint has {found.pop()} classes and this model {num_classes} (NUM_CLASSES)"
 
 
 def _classes_in_checkpoint(mismatch: Mismatch, num_classes: int, background: int) -> int:

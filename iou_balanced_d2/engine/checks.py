@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 
 import torch
@@ -143,19 +142,3 @@ def warn_linear_rule(cfg: CfgNode) -> None:
             f"({16 * rate_per_image:g} for 16 images) gives {expected:g} "
             "(less is right for fine-tuning a detector)"
         )
-
-
-def check_output_dir(cfg: CfgNode) -> None:
-    """Check that OUTPUT_DIR can be written. The last check, as it makes the folder.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} can't be written: {error.strerror}"
-        ) from error

@@ -27,6 +27,8 @@ _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout",
     re.I,
 )
+# The end of the reason where a process has not answered.
+TIMED_OUT = "(--dist-timeout)"
 # PyTorch's errors of connections; before 2.1 only the second exists.
 _DIST_ERRORS = tuple(
     getattr(dist, name) for name in ("DistError", "DistBackendError") if hasattr(dist, name)
@@ -64,7 +66,7 @@ def lost_connection(error: BaseException) -> str:
     line = re.sub(r"^\[[^\]]*\] ?", "", line)  # the place in PyTorch's source
     if cause := re.search(r"^Last error:\s*(.+)", str(error), re.M):
         line = f"{line}: {cause[1].strip()}"
-    return f"{line} (--dist-timeout)" if "Timed out" in line else line
+    return f"{line} {TIMED_OUT}" if "Timed out" in line else line
 
 
 def _no_memory(error: BaseException) -> str:

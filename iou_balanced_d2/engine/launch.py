@@ -1,15 +1,18 @@
 """Processes of a run: started here by PyTorch's elastic agent, or by torchrun."""
 
 import argparse
+import contextlib
 import logging
 import math
 import multiprocessing
 import os
 import re
+import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +25,14 @@ from torch.distributed import distributed_c10d
 
 from ..errors import UserError
 from .agreement import CommonError, check_same, versions
-from .faults import lost_connection, user_errors
+from .faults import TIMED_OUT, lost_connection, user_errors
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Seconds in which the agent notices that a process has ended, and ends the others. (A killed
 # process's data workers hide its end from the agent for 5 seconds.)
 _NOTICED = 10.0
+logger = logging.getLogger(__name__)
+
 _SHUTDOWN = "300"  # seconds to write a checkpoint after a signal
 
 
@@ -170,6 +175,13 @@ class _Run:
         from torch.distributed.launcher.api import LaunchConfig
 
         alone, timeout = self.args.dist_url == "auto", math.ceil(self.args.dist_timeout)
+        others: dict[str, Any] = {}
+        # As nohup wants it, where PyTorch lets one choose.
+        if (
+            signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            and "signals_to_handle" in LaunchConfig.__dataclass_fields__
+        ):
+            others["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"
         return LaunchConfig(
             min_nodes=self.placement.num_machines,
             max_nodes=self.placement.num_machines,
@@ -181,6 +193,7 @@ class _Run:
             local_addr="127.0.0.1" if alone else None,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **others,
         )
 
     def work(self) -> None:
@@ -190,23 +203,39 @@ class _Run:
             os.setpgid(0, 0)  # Ctrl-C goes to the terminal's process group; the agent passes it on
         # For data workers: by "spawn", which starts this process, each would import everything.
         multiprocessing.set_start_method("fork", force=True)
+        peers: list[tuple[int, str, int]] = []
         with user_errors():
             try:
                 _join(place.local_size, self.device, timedelta(seconds=args.dist_timeout))
                 counts = {"--num-gpus": place.local_size, "--num-machines": place.num_machines}
                 check_same({**{k: str(n) for k, n in counts.items()}, **versions(), **self.facts})
-                restarts = comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-                args.resume = args.resume or any(restarts)  # each agent counts its own
+                restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+                peers = comm.all_gather((restarts, socket.gethostname(), os.getpid()))
+                args.restarted = any(count for count, _, _ in peers)  # each agent counts its own
                 self.main(args)
             except SystemExit:
                 dist.destroy_process_group()
                 raise
             except Exception as error:
                 repeated = isinstance(error, CommonError) and comm.get_local_rank() > 0
-                if repeated or lost_connection(error):  # let another process print its error
+                reason = lost_connection(error)
+                if reason.endswith(TIMED_OUT):
+                    _wake([pid for _, host, pid in peers if host == socket.gethostname()])
+                elif repeated or reason:  # let another process print its error
                     time.sleep(_NOTICED)
                 raise  # (without destroying the group, which may wait for dead processes)
             dist.destroy_process_group()
+
+
+def _wake(pids: Sequence[int]) -> None:
+    """Let processes of this machine go on that have been stopped, so that signals can end them."""
+    logger.warning(
+        "another process has not answered within --dist-timeout, as it hangs or has been stopped: "
+        "the run ends; waiting for all processes to end"
+    )
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _report(rank: int, failure: Any, size: int) -> int:

@@ -13,11 +13,10 @@ from detectron2.utils import comm
 
 from ..data import check_datasets, register_datasets_of
 from ..projects import import_projects
-from .checkpoint import RobustCheckpointer
+from .checkpoint import RobustCheckpointer, loading
 from .checks import (
     check_best_metric,
     check_launch,
-    check_output_dir,
     check_training,
     check_weights,
     warn_linear_rule,
@@ -25,7 +24,9 @@ from .checks import (
 from .config import choose_device, load_config
 from .console import describe_run, setup_loggers
 from .launch import Placement
+from .optimizer import WeightsAverage
 from .rehearsal import check_build
+from .run_folder import check_output_dir, check_unused, one_training
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,12 @@ def prepare(args: argparse.Namespace, placement: Placement) -> CfgNode:
     check_build(cfg, args.config_file, args.opts, training=training, world_size=world_size)
     if placement.machine_rank == 0:  # the others get the weights from there
         check_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    if not (args.eval_only or args.resume or args.overwrite or placement.started):
+        check_unused(cfg.OUTPUT_DIR)  # one_training does again: this one comes before data are read
     check_datasets(cfg, training=training, read_images=args.check_dataset)
     if training:
         check_best_metric(cfg)
-    check_output_dir(cfg)
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -71,16 +74,23 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of detectron2's anchor generator
     import_projects()  # as in the launching process
     register_datasets_of(cfg)
+    if args.eval_only:
+        _set_up(cfg, args)
+        return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
+    with one_training(cfg.OUTPUT_DIR, args, cfg.MODEL.WEIGHTS) as resume:
+        _set_up(cfg, args)
+        warn_linear_rule(cfg)
+        trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
+        trainer.resume_or_load(resume=resume)
+        describe_run(cfg, trainer.model)
+        return trainer.train()
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """detectron2's setup, and this package's log in the same places."""
     setup_loggers(cfg.OUTPUT_DIR)
     logging.raiseExceptions = False  # else each line for a full disk prints a traceback
     default_setup(cfg, args)
-    if args.eval_only:
-        return evaluate(cfg, resume=args.resume, trust_checkpoint=args.trust_checkpoint)
-    warn_linear_rule(cfg)
-    trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
-    trainer.resume_or_load(resume=args.resume)
-    describe_run(cfg, trainer.model)
-    return trainer.train()
 
 
 def write_reports(cfg: CfgNode) -> None:
@@ -109,13 +119,16 @@ def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> d
         TEST.EXPECTED_RESULTS are missed.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint)
+    checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint, strict=True)
     others = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **Trainer.test_with_tta(cfg, model)}
     if cfg.MODEL.EMA.ENABLED and "ema" in others:
-        results = {**results, **Trainer.test_average(cfg, model, others["ema"])}
+        average = WeightsAverage(model, cfg.MODEL.EMA.DECAY)
+        with loading(cfg.MODEL.WEIGHTS, "ema"):
+            average.load_state_dict(others["ema"])
+        results = {**results, **Trainer.test_average(cfg, model, average.state_dict())}
     if comm.is_main_process():
         if cfg.TEST.ALIGNMENT_REPORT:
             write_reports(cfg)

@@ -67,4 +67,6 @@ class WeightsAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume the average of a checkpoint."""
         own = self._model.state_dict()
-        self._average = {k: v.to(own[k].device, copy=True) for k, v in state.items()}
+        if any(state[name].shape != value.shape for name, value in own.items()):
+            raise ValueError("the shapes of some weights differ")
+        self._average = {k: state[k].to(v.device, copy=True) for k, v in own.items()}

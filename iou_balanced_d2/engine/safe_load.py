@@ -6,12 +6,15 @@ gets stand-ins that check their arguments.
 """
 
 import collections
+import os
 import pickle
 import re
+import zipfile
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -115,8 +118,8 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
     """Read a checkpoint of this project, of detectron2's model zoo, or of PyTorch.
 
     Args:
-        path: ".pkl" of detectron2's zoo and of Caffe2, ".pyth" of pycls, anything else of
-            ``torch.save``.
+        path: a file of ``torch.save`` or ``pickle.dump``; ".pkl" may have the layout of Caffe2,
+            ".pyth" that of pycls.
         trust: read whatever Python objects the file holds. That can run code.
 
     Returns:
@@ -137,18 +140,69 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
             ) from error
         reason = error.strerror if isinstance(error, OSError) else None
         reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights_only" in str(error) or "Weights only" in reason:  # advice to read it unsafely
+            reason = "it is damaged, or of another kind than torch.save's"
         raise BrokenCheckpoint(f"checkpoint {path!r} can't be read: {reason[:200]}") from error
     if not isinstance(content, dict):
         raise BrokenCheckpoint(f"checkpoint {path!r} is not a dict of weights")
     return _with_model(path, content)
 
 
+# How files begin: those of torch.save since 1.6, those before, other pickles (of which Python 2's
+# may be text).
+_ZIP, _LEGACY = b"PK\3\4", b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+_PICKLE = (b"\x80", b"(d", b"ccollections\n")
+
+
 def _read(path: str, trust: bool) -> Any:
-    if path.endswith(".pkl"):
-        with open(path, "rb") as f:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")
+    with open(path, "rb") as f:
+        start = f.read(len(_LEGACY))
+        f.seek(0)
+        if not start.startswith((_ZIP, _LEGACY)):
+            if not start.startswith(_PICKLE):
+                raise ValueError("it is empty" if not start else "it is not a file of torch.save")
             # The zoo's files were written by Python 2.
             return (pickle.Unpickler if trust else PlainUnpickler)(f, encoding="latin1").load()
+        if start.startswith(_ZIP):
+            with zipfile.ZipFile(f) as archive:
+                size = sum(part.file_size for part in archive.infolist())
+            if size > os.path.getsize(path):  # torch.save does not compress
+                raise ValueError(f"its {os.path.getsize(path)} bytes would expand to {size}")
     return torch.load(path, map_location="cpu", weights_only=not trust)
+
+
+def weights_of(path: str, model: Any) -> dict[str, Tensor]:
+    """The weights of a checkpoint as tensors.
+
+    Args:
+        path: of the checkpoint, for errors.
+        model: what :func:`read_checkpoint` has found.
+
+    Raises:
+        BrokenCheckpoint: if it is something else than tensors of numbers by name, or one is NaN.
+    """
+    if not isinstance(model, dict):
+        raise BrokenCheckpoint(f"checkpoint {path!r}: {type(model).__name__} instead of weights")
+    for name, value in model.items():
+        if not isinstance(name, str):
+            raise BrokenCheckpoint(f"checkpoint {path!r}: the name {name!r} is not a text")
+        if not isinstance(value, Tensor | np.ndarray):
+            raise BrokenCheckpoint(
+                f"checkpoint {path!r}: {name!r} is a {type(value).__name__}, not a tensor"
+            )
+        try:
+            tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError("it is larger than its data")
+            if tensor.isnan().any():
+                raise ValueError("it holds NaN")
+        except (RuntimeError, TypeError, ValueError) as error:  # e.g. strings, sparse tensors
+            reason = str(error).splitlines()[0]
+            raise BrokenCheckpoint(f"checkpoint {path!r}: {name!r}: {reason}") from error
+        model[name] = tensor  # in place, as a state_dict has attributes of its own
+    return model
 
 
 def _refused(error: Exception) -> str:
@@ -165,7 +219,7 @@ def _with_model(path: str, content: dict[str, Any]) -> dict[str, Any]:
         weights = content["model_state"]
         kept = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
         return {"model": kept, "__author__": "pycls", "matching_heuristics": True}
-    if path.endswith(".pkl") and not {"model", "__author__"} <= content.keys():
+    if path.endswith(".pkl") and "model" not in content:
         weights = content.get("blobs", content)
         kept = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
         return {"model": kept, "__author__": "Caffe2", "matching_heuristics": True}

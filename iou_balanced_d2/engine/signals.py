@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a training between two steps."""
+"""SIGTERM, SIGHUP and Ctrl-C end a training between two steps."""
 
 import mmap
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds within which two signals of a kind are one: `timeout` sends one to a process and one to
 # its group, and a launching process passes on what its processes may get as well.
 ONE_SIGNAL = 1.0
@@ -34,10 +34,11 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """A context that catches SIGTERM and SIGINT; a second one of the same kind ends at once.
+    """A context that catches :data:`SIGNALS`; a second one of the same kind ends at once.
 
     (A second later or more. Of the same kind, as an agent that SIGTERM has ended sends its
-    processes SIGINT.) While a checkpoint is written signals are ignored.
+    processes SIGINT.) While a checkpoint is written signals are ignored. A SIGHUP that is ignored
+    before, as by nohup, stays so.
 
     Attributes:
         received: the signal that has come to this process.
@@ -58,7 +59,9 @@ class StopSignals:
         # Python allows handlers in the main thread only; in others signals do what they did.
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
-            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+            hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            caught = [s for s in SIGNALS if not (hung_up and s == signal.SIGHUP)]
+            self._before = {s: signal.signal(s, self._handle) for s in caught}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -104,8 +104,22 @@ class StepTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume; the gradients' scale starts anew where the checkpoint has none."""
+        """Resume; the optimizer's settings stay the config's, but for a scheduler's rate.
+
+        The gradients' scale starts anew where the checkpoint has none.
+
+        Raises:
+            ValueError: if the optimizer's state is of other parameters.
+        """
+        groups = [dict(group) for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            settings = {k: v for k, v in own.items() if k not in ("params", "lr")}
+            group.update({"initial_lr": own["lr"], **settings})
+        for p, state in self.optimizer.state.items():
+            for name in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & state.keys():
+                if state[name] is not None and state[name].shape != p.shape:
+                    raise ValueError(f"{name} has shape {state[name].shape}, not {p.shape}")
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
@@ -30,7 +31,7 @@ from ..errors import UserError
 from ..evaluation import BoxEvaluator
 from ..files import remove_unfinished, write_atomically
 from ..modeling import DenseDetectorWithTTA
-from .agreement import check_same_data
+from .agreement import RunState, check_same_data
 from .checkpoint import LossState, RobustCheckpointer
 from .console import FirstIterations, describe_data
 from .faults import lost_connection
@@ -73,7 +74,11 @@ class Trainer(DefaultTrainer):
         self._trainer = StepTrainer(model, self.loader, optimizer, precision=precision_of(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RobustCheckpointer(
-            model, cfg.OUTPUT_DIR, trust=trust_checkpoint, trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            trust=trust_checkpoint,
+            run=RunState(cfg),
+            trainer=weakref.proxy(self),
         )
         self.checkpointer.add_checkpointable("iou_balanced", LossState(model))
         self.checkpointer.add_checkpointable("data", SeedState(self.loader, cfg.SEED))
@@ -90,8 +95,25 @@ class Trainer(DefaultTrainer):
         if self.checkpointer.resumed:
             self._last_done = self.iter
             self.start_iter = self.loader.start_iter = self.iter + 1
+            if self.start_iter >= self.max_iter:
+                logger.warning(
+                    f"the checkpoint is of iteration {self.iter}, the last of SOLVER.MAX_ITER "
+                    f"{self.max_iter}: nothing is left to train, only to evaluate"
+                )
         if self.average is not None:
             self.average.start()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume; the config's learning rate and schedule go on at the checkpoint's iteration."""
+        if not isinstance(state_dict["iteration"], int) or state_dict["iteration"] < 0:
+            raise ValueError(f"iteration {state_dict['iteration']!r}")
+        super().load_state_dict(state_dict)
+        if isinstance(self.scheduler, LRMultiplier):
+            groups = self.optimizer.param_groups
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            self.scheduler.last_epoch = self.iter + 1
+            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
 
     def train(self) -> dict[str, Any] | None:
         """Run training.

@@ -100,7 +100,7 @@ class Run:
             the exit code.
         """
         command = [sys.executable, *train, "--config-file", str(self.config_file)]
-        if (self.folder / "last_checkpoint").is_file():
+        if (self.folder / "console.txt").is_file():  # it has been started before
             command.append("--resume")
         before, start = self.record, time.monotonic()
         with open(self.folder / "console.txt", "a") as console:

@@ -29,6 +29,7 @@ from ..command import ROOT
 from ..engine.test_resume import stream
 from ..projects.test_fcos import tiny_fcos
 from ..toy import toy_inputs, toy_model
+from .test_launch import wait_for, workers_of
 from .test_two_processes import free_port
 
 LIMIT = 60  # seconds after which something hangs, on a loaded machine
@@ -104,6 +105,10 @@ def long_evaluation():
             time.sleep(0.1)
 
     _at_test(wait)
+
+
+def nothing():
+    """No fault but what the test does."""
 
 
 def _at_test(action):
@@ -225,6 +230,22 @@ def test_an_evaluation_of_two_processes_is_broken_off_at_once(own_config):
     folder = own_config.parent / "out"
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
     assert state(folder / "model_0000001.pth")["iteration"] == 1
+
+
+def test_a_stopped_process_ends_the_run_after_the_time_out(own_config):
+    """It could not be ended by a signal, and the launching process waited for it."""
+    words = ("--dist-timeout", 5, "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 3)
+    process = start("nothing", own_config, *words, "SOLVER.STEPS", "(99999,)")
+    try:
+        wait_for((own_config.parent / "out/last_checkpoint").exists, process)
+        os.kill(workers_of(process.pid)[1], signal.SIGSTOP)
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert process.returncode == 2, err
+    assert "another process has not answered within --dist-timeout, as it hangs or" in out + err
+    assert "(--dist-timeout)" in errors(err)[-1]
+    assert "Traceback" not in out + err
 
 
 def two_ranks(rank, port, folder):

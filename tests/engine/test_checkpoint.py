@@ -106,7 +106,7 @@ def test_without_any_that_can_be_read_it_is_an_error(tmp_path):
     saved(tmp_path, 3, 7)
     for path in tmp_path.glob("*.pth"):
         truncate(path, 0.5)
-    with pytest.raises(UserError, match=r"model_0000003.pth' can't be read: .*start without"):
+    with pytest.raises(UserError, match=r"model_0000003.pth' can't be read: .*--overwrite starts"):
         checkpointer_of(tmp_path).resume_or_load("", resume=True)
 
 

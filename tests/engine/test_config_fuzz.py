@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from iou_balanced_d2.engine import Trainer, find_placement, load_config, parse_arguments, prepare
+from iou_balanced_d2.arguments import parse
+from iou_balanced_d2.engine import Trainer, find_placement, load_config, prepare
 from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.errors import UserError
 
@@ -70,7 +71,7 @@ def outcome(tmp_path, own_config, monkeypatch):
 
     def run(key, value, *, train):
         (tmp_path / "case.yaml").write_text(yaml.safe_dump(config_of(key, value)))
-        args = parse_arguments(["--config-file", "case.yaml"])
+        args = parse("train", ["--config-file", "case.yaml"])
         try:
             cfg = prepare(args, find_placement(args))
         except UserError as error:

@@ -165,6 +165,11 @@ def train_on_a_full_disk(trainer):
     os.dup2(os.open("/dev/full", os.O_WRONLY), log.fileno())
     return train(trainer)
 Trainer.train = train_on_a_full_disk
+build = Trainer.build_writers
+def build_on_a_full_disk(trainer):
+    os.symlink("/dev/full", os.path.join(trainer.cfg.OUTPUT_DIR, "metrics.json"))
+    return build(trainer)
+Trainer.build_writers = build_on_a_full_disk
 sys.exit(run_command("train"))
 """
 
@@ -182,8 +187,6 @@ def run_code(code, config, *words):
 def test_a_full_disk_for_the_logs_is_a_warning_and_the_training_ends_well(own_config):
     """Full from the moment that the training begins."""
     folder = own_config.parent / "out"
-    folder.mkdir()
-    (folder / "metrics.json").symlink_to("/dev/full")
     code, out, err = run_code(FULL, own_config, *map(str, THIN))
     assert code == 0, err
     assert out.count("JSONWriter's file in OUTPUT_DIR can't be written: [Errno 28] No space") == 1
@@ -239,7 +242,7 @@ def test_a_loss_that_is_not_finite_is_named_and_the_weights_stay(value):
 def test_signals_are_shared_with_the_losses():
     losses = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
     assert share(losses, 0.5, None) == ({"a": 1.0, "b": 2.0}, 0.5, None)
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert share(losses, 0.5, signum).signum == signum
 
 

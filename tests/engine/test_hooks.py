@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from iou_balanced_d2.engine.checkpoint import LossState
+from iou_balanced_d2.engine.console import FirstIterations
 from iou_balanced_d2.engine.hooks import (
     BestCheckpointer,
     FaultTolerantWriter,
@@ -133,10 +134,10 @@ def test_order_of_hooks(cfg):
     names = [type(hook) for hook in Trainer(cfg)._hooks]
     assert names == [
         hooks.IterationTimer, hooks.LRScheduler, hooks.PeriodicCheckpointer, hooks.EvalHook,
-        hooks.EvalHook, BestCheckpointer, hooks.PeriodicWriter,
+        FirstIterations, hooks.EvalHook, BestCheckpointer, hooks.PeriodicWriter,
     ]  # fmt: skip
     cfg.merge_from_list(["TEST.BEST_METRIC", "", "TEST.LOSS_PERIOD", 0])
-    assert [type(hook) for hook in Trainer(cfg)._hooks] == [*names[:4], names[-1]]
+    assert [type(hook) for hook in Trainer(cfg)._hooks] == [*names[:5], names[-1]]
 
 
 def test_validation_losses_are_logged_and_can_be_the_metric(cfg, tmp_path):

@@ -23,7 +23,7 @@ from torch import nn
 
 from iou_balanced_d2.data.resumable_loader import ResumableLoader, SeedState, seed_step
 from iou_balanced_d2.engine.optimizer import WeightsAverage
-from iou_balanced_d2.engine.signals import ONE_SIGNAL, StopSignals
+from iou_balanced_d2.engine.signals import ONE_SIGNAL, Stopped, StopSignals
 from iou_balanced_d2.engine.train_step import StepTrainer, autocast
 from iou_balanced_d2.engine.trainer import Trainer
 
@@ -130,7 +130,10 @@ def folder(tmp_path):
 
 
 def load(path):
-    return torch.load(path, weights_only=True)
+    """A checkpoint, but for the config in it, which says more than what decides the training."""
+    content = torch.load(path, weights_only=True)
+    content.pop("run", None)
+    return content
 
 
 def check_equal(a, b, where=""):
@@ -192,6 +195,31 @@ def test_a_signal_to_the_whole_group_is_a_checkpoint_and_one_line(folder):
     assert load(folder / "out/model_0000002.pth")["iteration"] == 2
 
 
+QUICK = ("MODEL.EMA.ENABLED", False, "DATASETS.TEST", (), "TEST.EVAL_PERIOD", 0)
+
+
+def test_the_config_s_rate_and_schedule_hold_when_resumed_and_changes_are_named(folder, caplog):
+    """As the line on a loss of NaN advises; before, the checkpoint's rate won without a word."""
+    train(Trainer, config_of(folder, "out", *QUICK, "SOLVER.MAX_ITER", 2))
+    assert "another config" not in caplog.text
+    words = ("SOLVER.MAX_ITER", 4, "SOLVER.BASE_LR", 0.0001, "SOLVER.WARMUP_ITERS", 0,
+             "SOLVER.STEPS", (3,), "SOLVER.MOMENTUM", 0.8, "SOLVER.IMS_PER_BATCH", 3)  # fmt: skip
+    trainer = train(Trainer, config_of(folder, "out", *QUICK, *words), resume=True)
+    rates = [x for x, _ in trainer.storage.history("lr").values()]
+    assert rates == pytest.approx([0.0001, 0.00001])
+    assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.8}
+    (line,) = [r.getMessage() for r in caplog.records if "another config" in r.getMessage()]
+    assert "SOLVER.BASE_LR 0.0001 (was 0.0002)" in line
+    assert "SOLVER.MOMENTUM 0.8 (was 0.9)" in line
+    assert line.endswith("; the images come in another order than without the stop")
+    caplog.clear()
+    trainer = train(Trainer, config_of(folder, "out", *QUICK, *words), resume=True)
+    assert "another config" not in caplog.text
+    assert "the checkpoint is of iteration 3, the last of SOLVER.MAX_ITER 4: nothing is left" in (
+        caplog.text
+    )
+
+
 class Interrupted(Trainer):
     """Ctrl-C while the second evaluation runs; counts what is evaluated."""
 
@@ -238,6 +266,22 @@ def test_a_later_signal_of_the_same_kind_ends_at_once():
     os.close(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert os.read(reader, 10) == b"12"
+
+
+def test_a_hang_up_is_a_signal_unless_nohup_ignores_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Stopped):
+                signals.check()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            signals.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def stream(*words, start_iter=0, seed=3, count=8, size=5):
