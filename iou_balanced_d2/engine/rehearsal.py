@@ -88,7 +88,7 @@ def _error_of(rehearsal: Callable[[CfgNode], None], cfg: CfgNode) -> Exception |
 def _reason(error: Exception) -> str:
     """The first line of an error's message, and its type where the message alone says little."""
     text = (str(error).strip().splitlines() or [""])[0]
-    plain = isinstance(error, UserError | ValueError | RuntimeError) and text
+    plain = isinstance(error, UserError | ValueError | RuntimeError | AssertionError) and text
     return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -155,7 +155,8 @@ def _see_blank_image(cfg: CfgNode, model: nn.Module, *, is_train: bool) -> None:
         if is_train and (metric := cfg.TEST.BEST_METRIC).startswith("validation/"):
             check_name(metric, [f"validation/{name}" for name in (*losses, "total_loss")])
         if cfg.TEST.AUG.ENABLED and not is_train:
-            DenseDetectorWithTTA(cfg, model).tta_mapper(inputs)
+            if not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
+                raise ValueError("test-time augmentation without any version of the image")
 
 
 def _blank_record(file: IO[bytes]) -> dict[str, Any]:
