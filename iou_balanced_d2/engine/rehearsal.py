@@ -154,9 +154,9 @@ def _see_blank_image(cfg: CfgNode, model: nn.Module, *, is_train: bool) -> None:
         losses = model([inputs, inputs])  # batch normalisation takes two
         if is_train and (metric := cfg.TEST.BEST_METRIC).startswith("validation/"):
             check_name(metric, [f"validation/{name}" for name in (*losses, "total_loss")])
-        if cfg.TEST.AUG.ENABLED and not is_train:
-            if not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
-                raise ValueError("test-time augmentation without any version of the image")
+        augment = cfg.TEST.AUG.ENABLED and not is_train
+        if augment and not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
+            raise ValueError("test-time augmentation without any version of the image")
 
 
 def _blank_record(file: IO[bytes]) -> dict[str, Any]:
