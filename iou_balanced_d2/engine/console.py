@@ -109,9 +109,10 @@ def describe_run(cfg: CfgNode, model: nn.Module) -> None:
         model: the detector.
     """
     counts = {x: sum(p.numel() for p in model.parameters() if p.requires_grad >= x) for x in (0, 1)}
+    processes = f" in {n} processes" if (n := comm.get_world_size()) > 1 else ""
     logger.info(
         f"Model: {cfg.MODEL.META_ARCHITECTURE}, {counts[0] / 1e6:.1f} M parameters "
-        f"({counts[1] / 1e6:.1f} M trained), on {cfg.MODEL.DEVICE}; shorter side "
+        f"({counts[1] / 1e6:.1f} M trained), on {cfg.MODEL.DEVICE}{processes}; shorter side "
         f"{'/'.join(map(str, cfg.INPUT.MIN_SIZE_TRAIN))}, longer up to {cfg.INPUT.MAX_SIZE_TRAIN}; "
         f"weights: {cfg.MODEL.WEIGHTS or 'none, from scratch'}"
     )

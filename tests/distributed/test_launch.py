@@ -223,7 +223,7 @@ def test_two_processes_stop_on_ctrl_c_resume_and_do_not_outlive_the_launcher(
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     assert process.wait(120) == 130, printed(tmp_path)
     assert "stopped by SIGINT" in printed(tmp_path)
-    assert "World size: 2" in printed(tmp_path)
+    assert "on cpu in 2 processes" in printed(tmp_path)
     assert "Traceback" not in printed(tmp_path)
     assert "destroy_process_group" not in printed(tmp_path)
     tag = tmp_path / "out/last_checkpoint"
