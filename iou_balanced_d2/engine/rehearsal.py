@@ -61,9 +61,7 @@ def check_build(
     if error is None:
         return
     reason, flat, changed = _reason(error), flatten(cfg), ""
-    # A switch is a cause only if nothing that it switches on is.
-    found = sorted(settings(config_file, opts), key=lambda setting: isinstance(setting[1], bool))
-    for key, value in found:
+    for key, value in settings(config_file, opts):
         trial = cfg.clone()
         trial.defrost()
         trial.merge_from_list([key, value])
@@ -127,7 +125,10 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
 
 def _build_training(cfg: CfgNode, model: nn.Module) -> None:
     """The optimizer, the schedule up to its end, the loader and the period of the checkpoints."""
-    scheduler = Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        float(group["lr"] * group["weight_decay"])
+    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
     for scheduler.last_epoch in (0, cfg.SOLVER.MAX_ITER // 2, cfg.SOLVER.MAX_ITER):
         scheduler.get_lr()
     blank = {"width": 1, "height": 1, "annotations": [{"category_id": 0}]}
@@ -154,8 +155,9 @@ def _see_blank_image(cfg: CfgNode, model: nn.Module, *, is_train: bool) -> None:
         losses = model([inputs, inputs])  # batch normalisation takes two
         if is_train and (metric := cfg.TEST.BEST_METRIC).startswith("validation/"):
             check_name(metric, [f"validation/{name}" for name in (*losses, "total_loss")])
-        if cfg.TEST.AUG.ENABLED and not is_train:
-            DenseDetectorWithTTA(cfg, model).tta_mapper(inputs)
+        tta = cfg.TEST.AUG.ENABLED and not is_train
+        if tta and not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
+            raise ValueError("test-time augmentation without any version of the image")
 
 
 def _blank_record(file: IO[bytes]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def outcome(tmp_path, own_config, monkeypatch):
         if train and not key.startswith((*OTHERS, "DATASETS", "OUTPUT_DIR")):
             torch.manual_seed(0)
             trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=False)
             trainer.max_iter = min(trainer.max_iter, 1)
             trainer.train()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -103,8 +104,10 @@ def check_one_line(message, key, value):
 
 def check(message, key, value):
     check_one_line(message, key, value)
-    # yacs's own words have the last part of the key only, and of the config's version nothing.
-    named = key.rpartition(".")[2] in message or key == "VERSION"
+    # yacs's own words have the last part of the key only, and of the config's version nothing. With
+    # SOLVER.AMP.ENABLED it is SOLVER.AMP.PRECISION that does not fit the CPU.
+    section, _, name = key.rpartition(".")
+    named = name in message or section in message
     assert named or not message, (key, value, message)
 
 
