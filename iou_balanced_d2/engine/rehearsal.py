@@ -110,6 +110,9 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
     if device.type != "cuda":  # else each process checks its own
         torch.zeros(1, device=device).item()
     cfg.MODEL.DEVICE = "cpu"
+    files, sets = cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.DATASETS.TEST
+    if cfg.MODEL.LOAD_PROPOSALS and len(files) != len(sets):
+        raise ValueError("DATASETS.PROPOSAL_FILES_TEST needs a file for each of DATASETS.TEST")
     for _task, _metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         float(expected - tolerance)
     with _quiet(), _time_limit(), seeded(0):

@@ -43,6 +43,7 @@ MISTAKES = {
     "INPUT.RANDOM_FLIP foo": "horiz",
     "INPUT.FORMAT foo": "wrong mode",
     "INPUT.MIN_SIZE_TRAIN ()": "empty",
+    "MODEL.LOAD_PROPOSALS True": "needs a file for each of DATASETS.TEST; False works",
     "SEED 99999999999": "Seed must be",
     "TEST.BEST_METRIC bbox/AP57": "did you mean 'bbox/AP",
     "TEST.BEST_METRIC ema/bbox/AP": "did you mean 'bbox/AP'?",
