@@ -97,7 +97,10 @@ def settings(config_file: str, opts: Sequence[str] = ()) -> Iterator[tuple[str, 
     Reader.load_yaml_with_base(config_file)
     layers = [load_config(config_file, opts), *map(load_config, files), _defaults()]
     for upper, lower in pairwise(map(flatten, layers)):
-        yield from ((key, lower[key]) for key in upper if upper[key] != lower[key])
+        changed = [key for key in upper if upper[key] != lower[key]]
+        # A switch is a cause only if nothing that it switches on is.
+        changed.sort(key=lambda key: isinstance(lower[key], bool))
+        yield from ((key, lower[key]) for key in changed)
 
 
 def _check_size(path: str, *above: str) -> None:

@@ -61,9 +61,7 @@ def check_build(
     if error is None:
         return
     reason, flat, changed = _reason(error), flatten(cfg), ""
-    # A switch is a cause only if nothing that it switches on is.
-    found = sorted(settings(config_file, opts), key=lambda setting: isinstance(setting[1], bool))
-    for key, value in found:
+    for key, value in settings(config_file, opts):
         trial = cfg.clone()
         trial.defrost()
         trial.merge_from_list([key, value])
@@ -88,7 +86,7 @@ def _error_of(rehearsal: Callable[[CfgNode], None], cfg: CfgNode) -> Exception |
 def _reason(error: Exception) -> str:
     """The first line of an error's message, and its type where the message alone says little."""
     text = (str(error).strip().splitlines() or [""])[0]
-    plain = isinstance(error, UserError | ValueError | RuntimeError | AssertionError) and text
+    plain = isinstance(error, UserError | ValueError | RuntimeError) and text
     return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -112,6 +110,9 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
     if device.type != "cuda":  # else each process checks its own
         torch.zeros(1, device=device).item()
     cfg.MODEL.DEVICE = "cpu"
+    files, sets = cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.DATASETS.TEST
+    if cfg.MODEL.LOAD_PROPOSALS and len(files) != len(sets):
+        raise ValueError("DATASETS.PROPOSAL_FILES_TEST needs a file for each of DATASETS.TEST")
     for _task, _metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         float(expected - tolerance)
     with _quiet(), _time_limit(), seeded(0):
@@ -127,7 +128,10 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
 
 def _build_training(cfg: CfgNode, model: nn.Module) -> None:
     """The optimizer, the schedule up to its end, the loader and the period of the checkpoints."""
-    scheduler = Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        float(group["lr"] * group["weight_decay"])
+    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
     for scheduler.last_epoch in (0, cfg.SOLVER.MAX_ITER // 2, cfg.SOLVER.MAX_ITER):
         scheduler.get_lr()
     blank = {"width": 1, "height": 1, "annotations": [{"category_id": 0}]}
@@ -154,8 +158,8 @@ def _see_blank_image(cfg: CfgNode, model: nn.Module, *, is_train: bool) -> None:
         losses = model([inputs, inputs])  # batch normalisation takes two
         if is_train and (metric := cfg.TEST.BEST_METRIC).startswith("validation/"):
             check_name(metric, [f"validation/{name}" for name in (*losses, "total_loss")])
-        augment = cfg.TEST.AUG.ENABLED and not is_train
-        if augment and not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
+        tta = cfg.TEST.AUG.ENABLED and not is_train
+        if tta and not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
             raise ValueError("test-time augmentation without any version of the image")
 
 

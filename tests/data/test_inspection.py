@@ -17,10 +17,7 @@ from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
 from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.data.anchors import AnchorGrid, anchor_recall, best_anchor_iou, scaled_boxes
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
-from iou_balanced_d2.data.inspection import (
-    inspect_annotations,
-    inspect_images,
-)
+from iou_balanced_d2.data.inspection import inspect_annotations, inspect_images, strips
 from iou_balanced_d2.data.loading import CheckedMapper, drop_bad_boxes, load_training_dicts
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -328,3 +325,10 @@ def test_data_sets_of_one_run_must_have_the_same_classes(own_data, content, tmp_
     cfg.DATASETS.TRAIN = ("own", "other_order")
     with pytest.raises(UserError, match="'own' and 'other_order' have different classes"):
         check_datasets(cfg, training=True)
+
+
+def test_an_image_of_which_resizing_leaves_nothing_is_named():
+    cfg = load_config(get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    sizes = ((1, 100000), (100000, 1), (10, 1000))
+    images = [{"file_name": f"{w}.png", "width": w, "height": h} for w, h in sizes]
+    assert strips(cfg, {"images": images}) == ["1.png: 1x100000", "100000.png: 100000x1"]

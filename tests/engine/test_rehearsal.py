@@ -3,9 +3,8 @@
 import pytest
 import yaml
 
-from iou_balanced_d2.arguments import parse
 from iou_balanced_d2.config import add_iou_balanced_config  # noqa: F401  (registers detectors)
-from iou_balanced_d2.engine import find_placement, load_config, prepare, rehearsal
+from iou_balanced_d2.engine import find_placement, load_config, parse_arguments, prepare, rehearsal
 from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.engine.rehearsal import check_build, rehearse
 from iou_balanced_d2.errors import UserError
@@ -44,6 +43,7 @@ MISTAKES = {
     "INPUT.RANDOM_FLIP foo": "horiz",
     "INPUT.FORMAT foo": "wrong mode",
     "INPUT.MIN_SIZE_TRAIN ()": "empty",
+    "MODEL.LOAD_PROPOSALS True": "needs a file for each of DATASETS.TEST; False works",
     "SEED 99999999999": "Seed must be",
     "TEST.BEST_METRIC bbox/AP57": "did you mean 'bbox/AP",
     "TEST.BEST_METRIC ema/bbox/AP": "did you mean 'bbox/AP'?",
@@ -61,7 +61,7 @@ def refusal(tmp_path, own_config, monkeypatch):
 
     def message(*words):
         on = ["INPUT.CROP.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
-        args = parse("train", ["--config-file", str(own_config), *on, *words])
+        args = parse_arguments(["--config-file", str(own_config), *on, *words])
         with pytest.raises(UserError) as caught:
             prepare(args, find_placement(args))
         return str(caught.value)
@@ -92,7 +92,7 @@ def test_a_mistake_in_the_file_is_undone_by_its_base(tmp_path, own_config, monke
     with pytest.raises(UserError, match=r"^MODEL\.FPN\.NORM 'foo' .*; '' works$"):
         check_build(load_config(str(path)), str(path), [], training=True)
     opts = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "32"]
-    with pytest.raises(UserError, match=r"MODEL\.RESNETS\.RES2_OUT_CHANNELS .*; 64 works$"):
+    with pytest.raises(UserError, match=r"RESNETS\.RES2_OUT_CHANNELS = 64 .*; 64 works$"):
         check_build(load_config(str(path.with_name("own.yaml")), opts), "own.yaml", opts,
                     training=True)  # fmt: skip
 
