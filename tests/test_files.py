@@ -138,9 +138,9 @@ def test_what_a_kill_leaves_is_removed(tmp_path):
         os._exit(9)
 
     for name in ("a", ".hidden"):
-        if os.fork() == 0:
+        if (child := os.fork()) == 0:
             write_atomically(tmp_path / name, write)
-        os.wait()
+        os.waitpid(child, 0)
     (tmp_path / "b").touch()
     assert len(names(tmp_path)) == 3
     remove_unfinished(tmp_path)

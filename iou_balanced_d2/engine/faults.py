@@ -24,7 +24,8 @@ _EVALUATION = {"inference_on_dataset", "validation_losses"}
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|Cannot allocate memory", re.I)
 _WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.S)
 _LOST = re.compile(
-    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout",
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout"
+    r"|timeout caused pair closure",
     re.I,
 )
 # The end of the reason where a process has not answered.
@@ -66,7 +67,7 @@ def lost_connection(error: BaseException) -> str:
     line = re.sub(r"^\[[^\]]*\] ?", "", line)  # the place in PyTorch's source
     if cause := re.search(r"^Last error:\s*(.+)", str(error), re.M):
         line = f"{line}: {cause[1].strip()}"
-    return f"{line} {TIMED_OUT}" if "Timed out" in line else line
+    return f"{line} {TIMED_OUT}" if re.search("Timed out|timeout caused", line) else line
 
 
 def _no_memory(error: BaseException) -> str:

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from iou_balanced_d2.arguments import parse
 from iou_balanced_d2.config import add_iou_balanced_config  # noqa: F401  (registers detectors)
-from iou_balanced_d2.engine import find_placement, load_config, parse_arguments, prepare, rehearsal
+from iou_balanced_d2.engine import find_placement, load_config, prepare, rehearsal
 from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.engine.rehearsal import check_build, rehearse
 from iou_balanced_d2.errors import UserError
@@ -61,7 +62,7 @@ def refusal(tmp_path, own_config, monkeypatch):
 
     def message(*words):
         on = ["INPUT.CROP.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
-        args = parse_arguments(["--config-file", str(own_config), *on, *words])
+        args = parse("train", ["--config-file", str(own_config), *on, *words])
         with pytest.raises(UserError) as caught:
             prepare(args, find_placement(args))
         return str(caught.value)
