@@ -68,6 +68,7 @@ def config_of(key, value):
 def outcome(tmp_path, own_config, monkeypatch):
     """Prepare a config, and train it for a step if that succeeds; returns the refusal or ""."""
     monkeypatch.chdir(tmp_path)
+    forget_own_data()
 
     def run(key, value, *, train):
         (tmp_path / "case.yaml").write_text(yaml.safe_dump(config_of(key, value)))

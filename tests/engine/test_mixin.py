@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,10 @@ def test_keys_that_are_not_read_are_named(cfg, caplog):
     assert any(m.startswith("TEST.BEST_METRIC 'bbox/AP' has no effect") for m in caplog.messages)
 
 
-def test_detectron2s_trainer_is_told_what_it_lacks(cfg, caplog):
+def test_detectron2s_trainer_is_told_what_it_lacks(cfg, caplog, monkeypatch):
+    # As in a new process: no run has set up its loggers, nothing has been logged.
+    monkeypatch.setattr(logging.getLogger("iou_balanced_d2"), "propagate", True)
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())
     from iou_balanced_d2.data import register_datasets_of
 
     register_datasets_of(cfg)
