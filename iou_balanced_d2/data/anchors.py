@@ -37,12 +37,13 @@ class AnchorGrid:
     def of(cls, cfg: CfgNode) -> "AnchorGrid":
         """The anchors of a config; this builds its backbone, without memory for the weights."""
         with torch.device("meta"):
-            shapes = build_backbone(cfg).output_shape()
+            backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
         features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
         generator = build_anchor_generator(cfg, features)
         cells = [(cell[:, 2:] - cell[:, :2]).numpy() for cell in generator.cell_anchors]
         levels = list(zip(generator.strides, cells, strict=True))
-        return cls(levels, generator.offset, max(feature.stride for feature in features))
+        return cls(levels, generator.offset, max(backbone.size_divisibility, 1))
 
     def scaled(self, scale: float) -> "AnchorGrid":
         """The same grid with anchors ``scale`` times as wide and high."""
@@ -160,22 +161,21 @@ def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
         objects[annotation["image_id"]].append(annotation)
     images = [image for image in content["images"] if image["id"] in objects]
     total = np.zeros(2)
-    for image in images[:: -(-len(images) // _W_LOC_IMAGES) or 1]:
+    for image in images[:: max(1, len(images) // _W_LOC_IMAGES)]:
         own = {"images": [image], "annotations": objects[image["id"]]}
         boxes, size = scaled_boxes(cfg, own, 1.0)
-        if len(boxes):
-            largest = max(feature.stride for feature in features)
-            width, height = np.ceil(size[0] / largest) * largest
-            anchors = generator(
-                [torch.zeros(1, 1, *np.ceil((height / f.stride, width / f.stride)).astype(int))
-                 for f in features]
-            )  # fmt: skip
-            gt = Instances((int(height), int(width)), gt_boxes=Boxes(torch.tensor(boxes).float()))
-            gt.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
-            (labels,), (matched,) = model.label_anchors(anchors, [gt])
-            positive = labels == 0
-            pairs = Boxes.cat(anchors).tensor[positive], matched[positive]
-            total += [float(x) for x in model.iou_balanced_loss.sums_at_anchors(*pairs)]
+        if not len(boxes):
+            continue
+        divisor = max(model.backbone.size_divisibility, 1)
+        padded = np.ceil(size[0, ::-1] / divisor) * divisor
+        cells = [np.ceil(padded / feature.stride).astype(int) for feature in features]
+        anchors = generator([torch.zeros(1, 1, *shape) for shape in cells])
+        gt = Instances(tuple(padded), gt_boxes=Boxes(torch.tensor(boxes).float()))
+        gt.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+        (labels,), (matched,) = model.label_anchors(anchors, [gt])
+        positive = labels == 0
+        pairs = Boxes.cat(anchors).tensor[positive], matched[positive]
+        total += [float(x) for x in model.iou_balanced_loss.sums_at_anchors(*pairs)]
     return float(total[0] / total[1]) if total[1] else math.nan
 
 

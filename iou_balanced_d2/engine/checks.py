@@ -29,6 +29,8 @@ def check_best_metric(cfg: CfgNode) -> None:
         UserError: naming a metric that is near it.
     """
     metric = cfg.TEST.BEST_METRIC
+    if not metric:
+        return
     if metric.startswith("validation/"):
         if cfg.TEST.LOSS_PERIOD <= 0:
             raise UserError(f"TEST.BEST_METRIC {metric!r} needs a TEST.LOSS_PERIOD above 0")
@@ -39,8 +41,7 @@ def check_best_metric(cfg: CfgNode) -> None:
     for data_set in cfg.DATASETS.TEST:
         prefixes = [run + f"{data_set}/" * several for run, on in runs.items() if on]
         names += [prefix + name for prefix in prefixes for name in metric_names(data_set)]
-    if metric:
-        check_name(metric, names)
+    check_name(metric, names)
 
 
 def check_name(metric: str, names: Sequence[str]) -> None:

@@ -32,9 +32,10 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         UserError: if the file is missing or broken, or a key or value does not fit.
     """
     cfg = _defaults()
+    defaults = flatten(cfg)
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file!r} not found")
-    keys = set(flatten(cfg))
+    keys = set(defaults)
     for key in opts[0::2]:
         if key not in keys:
             raise UserError(_unknown_key(key, keys))
@@ -47,7 +48,6 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(opts))
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(_explain(error, keys)) from error
-    defaults = flatten(_defaults())
     for key, value in flatten(cfg).items():
         if value is None and defaults[key] is not None:
             raise UserError(f"{key} can't be None; {defaults[key]!r} is its default")

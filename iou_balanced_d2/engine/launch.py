@@ -31,9 +31,9 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 # Seconds in which the agent notices that a process has ended, and ends the others. (A killed
 # process's data workers hide its end from the agent for 5 seconds.)
 _NOTICED = 10.0
-logger = logging.getLogger(__name__)
-
 _SHUTDOWN = "300"  # seconds to write a checkpoint after a signal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,10 @@ def _match(
             iou = _pairwise_iou(boxes[near], part)
             torch.amax(iou, dim=0, out=part_best)
             # The first that is the highest. max() would give it, but starts threads for each call.
-            from_last = torch.arange(len(near), device=near.device).flip(0)[:, None]
-            first = (iou == part_best).mul(from_last).amax(dim=0)
-            part_match.copy_(near[len(near) - 1 - first])
+            last = len(near) - 1
+            from_last = torch.arange(last, -1, -1, dtype=torch.int32, device=near.device)
+            first = last - (iou == part_best).mul(from_last[:, None]).amax(dim=0)
+            part_match.copy_(near[first.long()])
             highest[near] = torch.maximum(highest[near], iou.amax(dim=1))
     match.masked_fill_(best == 0, 0)  # the first of equal ones, as in detectron2
     label = matcher(best[None])[1]

@@ -1,6 +1,7 @@
 """The record of a run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,13 @@ import yaml
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 from iou_balanced_d2.experiments.evidence import digest, record_of, write_record
+from iou_balanced_d2.experiments.experiment import Experiment
+from iou_balanced_d2.experiments.protocol import load_protocol
+from iou_balanced_d2.experiments.runs import Run
 
 from ..analysis.drawn import draw_detections, draw_truth, write_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -66,3 +72,16 @@ def test_a_run_that_was_cut_off_has_no_record(finished):
     (folder / "run.json").write_text('{"name": "a/b/seed1", "exit_code": 1}')
     with pytest.raises(UserError, match="not of a complete run"):
         record_of(folder)
+
+
+def test_the_records_kept_are_of_the_protocol(tmp_path):
+    """Else an experiment would not go on from them."""
+    protocol = load_protocol(str(ROOT / "tools/protocols/many_cpu.yaml"))
+    experiment = Experiment(protocol, tmp_path, 1, ROOT / "docs/evidence")
+    files = list((ROOT / "docs/evidence").glob("*.json"))
+    assert len(files) >= 13
+    for file in files:
+        name, variant, seed = file.stem.split("-")
+        settings = protocol.data_sets[name] | protocol.variants[variant]
+        run = Run(f"{name}/{variant}/{seed}", tmp_path, protocol.config, settings)
+        assert experiment._done(run)
