@@ -164,7 +164,7 @@ def measure(case: Case, names: tuple[str, ...], args: Any) -> dict[str, list[flo
     """Seconds of each implementation, in turns."""
     with EventStorage(0):
         steps = {name: getattr(case, name) for name in names}
-        return time_side_by_side(steps, args.device, args.repeats)
+        return time_side_by_side(steps, args.device, args.repeats, warm_up=names == NAMES)
 
 
 def main() -> None:

@@ -36,14 +36,14 @@ DETECTORS = {"detectron2": "RetinaNet", "ours": "IoUBalancedRetinaNet"}
 class Detector:
     """One detector, its optimizer and a batch, seeded alike."""
 
-    def __init__(self, meta_architecture: str, num_objects: int, args: Any):
+    def __init__(self, meta_architecture: str, args: Any):
         options = ["MODEL.META_ARCHITECTURE", meta_architecture, "MODEL.DEVICE", args.device]
         cfg = load_config(get_config_file(CONFIG), options)
         torch.manual_seed(0)
         self.model = build_model(cfg)
         self.optimizer = build_optimizer(cfg, self.model)
         size = (args.height, args.width)
-        self.batch = [self._image(*size, num_objects) for _ in range(args.images)]
+        self.batch = [self._image(*size, args.objects) for _ in range(args.images)]
         self.instances = [x["instances"].to(args.device) for x in self.batch]
         strides = [8, 16, 32, 64, 128]
         levels = [torch.zeros(1, 1, *(-(-x // s) for x in size)) for s in strides]
@@ -80,26 +80,25 @@ class Detector:
         self.model(self.batch[:1])
 
 
-def memory_of(name: str, what: str, num_objects: int, args: Any) -> float:
+def memory_of(name: str, what: str, args: Any) -> float:
     """Peak of the second step, in MiB; in a process of its own."""
-    detector = Detector(DETECTORS[name], num_objects, args)
+    detector = Detector(DETECTORS[name], args)
     step: Callable[[], None] = getattr(detector, what)
     step()
     detector.optimizer.zero_grad()
     return peak_extra_bytes(step, args.device) / 2**20
 
 
-def measure(what: str, num_objects: int, num_busy: int, args: Any) -> dict[str, Any]:
+def measure(detectors: dict[str, Detector], what: str, num_busy: int, args: Any) -> dict[str, Any]:
     """One row of the table; memory does not depend on how busy the machine is."""
-    detectors = {name: Detector(arch, num_objects, args) for name, arch in DETECTORS.items()}
     steps = {name: getattr(detector, what) for name, detector in detectors.items()}
-    with busy_processes(num_busy):
-        seconds = time_side_by_side(steps, args.device, args.repeats)
+    with busy_processes(num_busy):  # these come last, when the steps have run
+        seconds = time_side_by_side(steps, args.device, args.repeats, warm_up=not num_busy)
     times = compare_times(seconds["ours"], seconds["detectron2"])
-    row = {"step": what, "objects": num_objects, "busy processes": num_busy, **times}
+    row = {"step": what, "busy processes": num_busy, **times}
     if what == "infer" or num_busy:
         return row
-    mib = {name: in_own_process(memory_of, name, what, num_objects, args) for name in DETECTORS}
+    mib = {name: in_own_process(memory_of, name, what, args) for name in DETECTORS}
     row |= {f"{name} MiB": value for name, value in mib.items()}
     return {**row, "memory: ours / detectron2": mib["ours"] / mib["detectron2"]}
 
@@ -116,10 +115,11 @@ def main() -> None:
     parser.add_argument("--busy", type=int, nargs="*", default=[1], help="busy processes")
     parser.add_argument("--output", help="JSON file of the figures")
     args = parser.parse_args()
-    cases = [(what, args.objects, 0) for what in ("train", "label_anchors", "infer")]
-    cases += [("train", args.objects, number) for number in args.busy]
-    rows = [measure(*case, args) for case in cases]
-    size = f"{args.images} images of {args.height}x{args.width}"
+    cases = [(what, 0) for what in ("train", "label_anchors", "infer")]
+    cases += [("train", number) for number in args.busy]
+    detectors = {name: Detector(arch, args) for name, arch in DETECTORS.items()}
+    rows = [measure(detectors, *case, args) for case in cases]
+    size = f"{args.images} images of {args.height}x{args.width} with {args.objects} objects"
     report(f"RetinaNet-R50-FPN, {size}", rows, args.device, args.output)
 
 

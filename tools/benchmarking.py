@@ -63,17 +63,25 @@ def seconds_of(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def time_side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str, list[float]]:
+def time_side_by_side(
+    steps: dict[str, Step], device: str, repeats: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each step, in turns, so that a busy machine slows all of them alike.
 
+    Args:
+        steps: by name.
+        device: they run on.
+        repeats: rounds that are counted.
+        warm_up: begin with a round that is not counted; steps that have run need none.
+
     Returns:
-        name -> seconds of each of the ``repeats`` rounds, after one round that is not counted.
+        name -> seconds of each counted round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(repeats + 1):
+    for round_ in range(repeats + warm_up):
         for name, step in steps.items():
             value = seconds_of(step, device)
-            if round_ > 0:
+            if round_ >= warm_up:
                 seconds[name].append(value)
     return seconds
 
