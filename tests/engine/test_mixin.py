@@ -1,5 +1,6 @@
 """In the trainers of other people: what works, and what they are told."""
 
+import logging
 import re
 from collections import Counter
 from pathlib import Path
