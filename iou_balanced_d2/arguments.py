@@ -11,13 +11,6 @@ from pathlib import Path
 
 from .errors import UserError
 
-CONVERTED_FORMATS = {
-    "labelme": "folder of JSON files; rectangles and polygons",
-    "cvat": 'XML file, "CVAT for images"; boxes',
-    "via": "JSON file of VGG's Image Annotator, annotations or project; rectangles",
-    "voc": "folder of PASCAL VOC's XML files",
-    "openimages": "CSV file of boxes",
-}
 EXPORT_FORMATS = ("torchscript", "onnx")
 
 
@@ -59,8 +52,6 @@ def parse(name: str, words: Sequence[str], prog: str | None = None) -> argparse.
             raise UserError("--run brings its own files: give it alone, or --ground-truth etc.")
         if not args.run and not (args.ground_truth and args.detections):
             raise UserError("give --ground-truth and --detections, or --run")
-    if name == "demo" and not args.input and not args.video_input:
-        raise UserError("nothing to look at: give --input or --video-input")
     return args
 
 
@@ -140,18 +131,6 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_opts(parser)
 
 
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    formats = (f"{name}: {what}" for name, what in CONVERTED_FORMATS.items())
-    parser.epilog = "formats: " + "; ".join(formats)
-    add("format", choices=CONVERTED_FORMATS)
-    add("annotations", type=Path, help="file or folder")
-    add("output", type=Path, help="the COCO JSON file to write")
-    add("--images", type=Path, help="folder of the images; default: that of the annotations")
-    add("--classes", nargs="+", help="names in their order; default: those found")
-    add("--label-key", help="via: the region attribute that is the class")
-
-
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ground-truth", metavar="JSON", help="annotations in COCO's format")
@@ -213,8 +192,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     add = parser.add_argument
-    add("--input", nargs="+", default=[], help="pictures, patterns, folders")
-    add("--video-input", metavar="FILE", help="a video")
+    add("--input", nargs="+", required=True, help="pictures, patterns, folders")
     add("--output", required=True, metavar="FOLDER", help="for what is drawn")
     add("--confidence-threshold", type=float, default=0.5, help="lowest score drawn")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the run; last")
@@ -235,10 +213,8 @@ COMMANDS = {
                        "Writes a page of figures that show it.", _add_analyze),
     "visualize": Command("visualize_results", "Draw the detections of an evaluated run beside the "
                          "ground truth.", _add_visualize),
-    "demo": Command("demo", "Draw what a trained detector finds in pictures or a video of one's "
-                    "own.", _add_demo),
+    "demo": Command("demo", "Draw what a trained detector finds in pictures of one's own.",
+                    _add_demo),
     "export": Command("export_model", "Write a trained detector as a TorchScript or ONNX file, and "
                       "check the file against it.", _add_export),
-    "convert": Command("convert_dataset", "Convert annotations of other tools into COCO JSON, for "
-                       "DATASETS.COCO_JSON.", _add_convert),
 }  # fmt: skip

@@ -159,10 +159,6 @@ def write_what_commands_take():
     for name in ("photos", "more", "val2017"):
         shutil.copytree(IMAGES, name)
     shutil.copy(IMAGES / "0.jpg", "photo.jpg")
-    video = cv2.VideoWriter("drive.mp4", cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 64))
-    for _ in range(2):
-        video.write(cv2.imread("photo.jpg"))
-    video.release()
 
 
 def execute(words, folder, output):

@@ -29,8 +29,8 @@ from iou_balanced_d2.data import conversion, register_coco_json, register_voc_fo
 from iou_balanced_d2.data.anchors import anchor_recall
 from iou_balanced_d2.data.checks import check_datasets
 from iou_balanced_d2.data.coco_format import read_coco_json
+from iou_balanced_d2.data.conversion import check_name
 from iou_balanced_d2.data.inspection import inspect_annotations, inspect_images
-from iou_balanced_d2.data.names import check_name
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.engine.safe_load import PlainUnpickler, read_checkpoint
 from iou_balanced_d2.errors import UserError
@@ -190,8 +190,10 @@ class Converted:
     metadata: ClassVar[dict[str, Any]] = {}
 
     @property
-    def image_root(self):
+    def path(self):
         return self.folder
+
+    image_root = path
 
     def fingerprint(self):
         return []

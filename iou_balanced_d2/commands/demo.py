@@ -1,23 +1,19 @@
-r"""Draw what a trained detector finds in pictures or a video of one's own.
+r"""Draw what a trained detector finds in pictures of one's own.
 
 python demo/demo.py --config-file my.yaml --input photos/ more/*.jpg --output found \
     --opts MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
-import contextlib
 import glob
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine.defaults import DefaultPredictor
 from detectron2.structures import Instances
@@ -25,8 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..analysis.boxes import draw_boxes
-from ..data import prepare_dataset, register_datasets_of
-from ..data.coco_format import class_names, read_coco_json
+from ..data import known_classes, register_datasets_of
 from ..data.images import fault_of
 from ..data.inspection import PROBLEMS
 from ..engine import load_config
@@ -34,64 +29,11 @@ from ..engine.checks import check_weights
 from ..engine.config import choose_device
 from ..engine.rehearsal import check_build
 from ..errors import UserError
+from .visualize_results import MIN_WIDTH, free_name
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-# Small pictures are enlarged to about this width, so that thin lines and labels can be read.
-MIN_WIDTH = 640
 # No picture is drawn larger: drawing takes some 50 bytes a pixel.
 MAX_SIDE = 6000
-
-
-class Detector:
-    """A model and what is needed to show its detections."""
-
-    def __init__(self, cfg: CfgNode, threshold: float):
-        """Build the model and load its weights.
-
-        Args:
-            cfg: the full config.
-            threshold: lowest score that counts.
-        """
-        self._predict = DefaultPredictor(cfg)
-        self._threshold = threshold
-        self.longest = cfg.INPUT.MAX_SIZE_TEST  # times the shorter side; nothing is left of others
-        self.metadata = classes_of(cfg)
-        self.num_images, self.num_boxes, self.best_score = 0, 0, 0.0
-
-    def __call__(self, image: np.ndarray) -> Instances:
-        """Detect in (H, W, 3) uint8 BGR."""
-        found = self._predict(image)["instances"].to("cpu")
-        self.best_score = max([self.best_score, *found.scores.tolist()])
-        found = found[found.scores >= self._threshold]
-        self.num_images += 1
-        self.num_boxes += len(found)
-        return found
-
-    def summary(self) -> str:
-        """How many boxes there were, and what to do if there were none."""
-        text = f"{self.num_boxes} boxes of score {self._threshold:g} or more"
-        if self.num_boxes:
-            return text
-        if not self.best_score:
-            return f"{text}, nor of any other: does the model fit the pictures?"
-        return f"{text}: the best score is {self.best_score:.2f}, see --confidence-threshold"
-
-
-def classes_of(cfg: CfgNode) -> Metadata:
-    """Metadata with the names of the classes, if a data set of the config is there to give them."""
-    register_datasets_of(cfg)
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name not in DatasetCatalog:
-            continue
-        known = MetadataCatalog.get(name)
-        with contextlib.suppress(UserError):  # its files are not here
-            prepare_dataset(name)
-        names = known.get("thing_classes")
-        if not names and os.path.isfile(known.get("json_file", "")):
-            names = class_names(read_coco_json(known.json_file))
-        if names:
-            return Metadata(thing_classes=list(names))
-    return Metadata()
 
 
 def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
@@ -119,56 +61,38 @@ def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
             yield from sorted(glob.glob(word, recursive=True)) or [word]
 
 
-def draw_pictures(detector: Detector, files: Sequence[str], output: Path) -> int:
-    """Draw each file into the folder; returns how many of them could not be read."""
-    failed = 0
-    written: set[str] = set()
-    for file in tqdm(files, disable=len(files) < 2):
-        try:
-            with Image.open(file) as opened:
-                fault = fault_of(opened)
-            image = read_image(file, "BGR")
-            if max(image.shape[:2]) > detector.longest * min(image.shape[:2]):
-                fault = "strip"
-        except Exception as error:  # PIL raises SyntaxError and others on broken files
-            tqdm.write(f"{file}: skipped, can't be read: {reason(error)}", file=sys.stderr)
-            failed += 1
-            continue
-        if fault:
-            tqdm.write(f"{file}: skipped: {PROBLEMS[fault]}", file=sys.stderr)
-            failed += 1
-            continue
-        if max(image.shape[:2]) > MAX_SIDE:
-            tqdm.write(f"{file}: drawn with a side of {MAX_SIDE} pixels", file=sys.stderr)
-        name = free_name(Path(file), written)
-        keep_input(file, output / name)
-        # Small ones are enlarged, huge ones reduced.
-        scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
-        picture = draw(image, detector(image), detector.metadata, scale)
-        write_picture(output / name, picture)
-    return failed
+def read(file: str, longest: float) -> np.ndarray:
+    """An image (H, W, 3) uint8 BGR, of which the longer side is at most ``longest`` shorter ones.
+
+    Raises:
+        ValueError: why it is skipped.
+    """
+    try:
+        with Image.open(file) as opened:
+            fault = fault_of(opened)
+        image = read_image(file, "BGR")
+    except Exception as error:  # PIL raises SyntaxError and others on broken files
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
+        raise ValueError(f"skipped, can't be read: {reason or type(error).__name__}") from error
+    if max(image.shape[:2]) > longest * min(image.shape[:2]):
+        fault = "strip"
+    if fault:
+        raise ValueError(f"skipped: {PROBLEMS[fault]}")
+    return image
 
 
-def draw(image: np.ndarray, found: Instances, metadata: Metadata, scale: float) -> np.ndarray:
-    """Draw detections on (h, w, 3) uint8 BGR; (scale * h, scale * w, 3) uint8 BGR."""
-    classes, names = found.pred_classes.tolist(), metadata.get("thing_classes")
+def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> np.ndarray:
+    """Draw detections on (h, w, 3) uint8 BGR; small images are enlarged, huge ones reduced."""
+    classes = found.pred_classes.tolist()
     labels = [
         f"{names[k] if names else k} {score:.0%}"
         for k, score in zip(classes, found.scores.tolist(), strict=True)
     ]
+    scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
     boxes = found.pred_boxes.tensor.numpy()
     return draw_boxes(image[:, :, ::-1], boxes, classes, labels, scale)[:, :, ::-1]
-
-
-def free_name(file: Path, written: set[str]) -> str:
-    """A name for the output: the file's, numbered where folders have files of the same name."""
-    suffix = file.suffix if file.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
-    name, number = file.stem + suffix, 1
-    while name in written:
-        number += 1
-        name = f"{file.stem}_{number}{suffix}"
-    written.add(name)
-    return name
 
 
 def keep_input(file: str, target: Path) -> None:
@@ -181,52 +105,14 @@ def keep_input(file: str, target: Path) -> None:
         raise UserError(f"{file} would be overwritten: give another folder as --output")
 
 
-def write_picture(file: Path, picture: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 BGR in the format that the file's ending names."""
-    if not cv2.imwrite(str(file), picture):
-        raise UserError(f"{file} can't be written")
-
-
-def draw_video(detector: Detector, file: str, output: Path) -> int:
-    """Draw a video's frames into one of the same name; returns 1 if it can't be read, else 0."""
-    video = cv2.VideoCapture(file)
-    try:
-        ok, frame = video.read()
-        if not ok:
-            missing = "" if os.path.exists(file) else ": no such file"
-            print(f"{file}: skipped, can't be read as a video{missing}", file=sys.stderr)
-            return 1
-        size = (frame.shape[1], frame.shape[0])
-        writer, written = open_writer(file, output / Path(file).stem, video, size)
-        with tqdm(total=max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None) as progress:
-            while ok:
-                writer.write(draw(frame, detector(frame), detector.metadata, scale=1))
-                progress.update()
-                ok, frame = video.read()
-        writer.release()
-    finally:
-        video.release()
-    print(f"Video: {written}")
-    return 0
-
-
-def open_writer(source: str, stem: Path, video: Any, size: tuple[int, int]) -> tuple[Any, Path]:
-    """A writer of video frames (width, height): MP4, or AVI where OpenCV can't write that."""
-    rate = video.get(cv2.CAP_PROP_FPS) or 25.0
-    for suffix, codec in ((".mp4", "mp4v"), (".avi", "MJPG")):
-        file = stem.with_name(stem.name + suffix)
-        keep_input(source, file)
-        writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*codec), rate, size)
-        if writer.isOpened():
-            return writer, file
-    raise UserError(f"{stem}.mp4 can't be written")
-
-
-def reason(error: Exception) -> str:
-    """Why a file can't be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+def summary(num_boxes: int, best_score: float, threshold: float) -> str:
+    """How many boxes there were, and what to do if there were none."""
+    text = f"{num_boxes} boxes of score {threshold:g} or more"
+    if num_boxes:
+        return text
+    if not best_score:
+        return f"{text}, nor of any other: does the model fit the pictures?"
+    return f"{text}: the best score is {best_score:.2f}, see --confidence-threshold"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -244,15 +130,32 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
     # Warned of by detectron2's anchor generator; the user can't change it.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
-    detector = Detector(cfg, args.confidence_threshold)
+    predict = DefaultPredictor(cfg)
+    register_datasets_of(cfg)
+    names = known_classes(cfg)
     files = list(pictures_of(args.input, output))
-    failed = draw_pictures(detector, files, output)
-    if len(files) > failed:
-        print(f"{len(files) - failed} pictures: {output}")
-    if args.video_input:
-        failed += draw_video(detector, args.video_input, output)
-    if detector.num_images:
-        print(detector.summary())
+    written: set[str] = set()
+    failed, num_boxes, best_score = 0, 0, 0.0
+    for file in tqdm(files, disable=len(files) < 2):
+        try:
+            image = read(file, cfg.INPUT.MAX_SIZE_TEST)
+        except ValueError as error:
+            tqdm.write(f"{file}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        if max(image.shape[:2]) > MAX_SIDE:
+            tqdm.write(f"{file}: drawn with a side of {MAX_SIDE} pixels", file=sys.stderr)
+        target = output / free_name(Path(file), written)
+        keep_input(file, target)
+        found = predict(image)["instances"].to("cpu")
+        best_score = max([best_score, *found.scores.tolist()])
+        found = found[found.scores >= args.confidence_threshold]
+        num_boxes += len(found)
+        if not cv2.imwrite(str(target), draw(image, found, names)):
+            raise UserError(f"{target} can't be written")
+    if written:
+        print(f"{len(written)} pictures: {output}")
+        print(summary(num_boxes, best_score, args.confidence_threshold))
     if failed:
         print(f"demo.py: {failed} file(s) could not be read, see above", file=sys.stderr)
     return 1 if failed else 0

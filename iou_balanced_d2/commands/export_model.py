@@ -5,7 +5,6 @@ python tools/export_model.py --config-file my.yaml --format onnx --output export
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -15,13 +14,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import AugInput
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from ..data import prepare_dataset, register_datasets_of
+from ..data import known_classes, register_datasets_of
 from ..data.loading import build_mapper
 from ..engine import load_config
 from ..engine.checkpoint import RobustCheckpointer
@@ -98,23 +96,8 @@ def describe(cfg: CfgNode) -> dict[str, object]:
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "outputs": "boxes (D, 4) XYXY in pixels of the input, scores (D,), classes (D,)",
-        "class_names": class_names(cfg),
+        "class_names": known_classes(cfg),
     }
-
-
-def class_names(cfg: CfgNode) -> list[str]:
-    """The classes in the order of their numbers, from the first of the run's data sets at hand."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        with contextlib.suppress(UserError):
-            prepare_dataset(name)
-        if names := MetadataCatalog.get(name).get("thing_classes"):
-            return list(names)
-    print(
-        "export_model.py: warning: model.json has no class names, as no data set of the config can "
-        "be read here",
-        file=sys.stderr,
-    )
-    return []
 
 
 def run(args: argparse.Namespace) -> None:
@@ -140,6 +123,9 @@ def run(args: argparse.Namespace) -> None:
     name, write = FORMATS[args.format]
     path = os.path.join(args.output, name)
     write(plain, image, path)
+    if not known_classes(cfg):
+        print("export_model.py: warning: model.json has no class names, as no data set of the "
+              "config can be read here", file=sys.stderr)  # fmt: skip
     with open(os.path.join(args.output, "model.json"), "w", encoding="utf-8") as f:
         json.dump(describe(cfg), f, indent=2)
     with torch.no_grad():

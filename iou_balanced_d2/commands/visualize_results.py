@@ -67,12 +67,13 @@ def titled(picture: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([strip, picture])
 
 
-def free_name(stem: str, written: set[str]) -> str:
-    """The picture's file name, numbered where folders of the data set have files of one name."""
-    name, number = f"{stem}.png", 1
+def free_name(file: Path, written: set[str]) -> str:
+    """The picture's file name: the image's, numbered where folders have files of the same name."""
+    suffix = file.suffix if file.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
+    name, number = file.stem + suffix, 1
     while name in written:
         number += 1
-        name = f"{stem}_{number}.png"
+        name = f"{file.stem}_{number}{suffix}"
     written.add(name)
     return name
 
@@ -87,7 +88,7 @@ def visualize(cfg: CfgNode, output: Path, num_images: int, threshold: float) -> 
         written: set[str] = set()
         for record in tqdm(records[:num_images], desc=name):
             picture = draw_pair(record, detections[record["image_id"]], metadata, threshold)
-            path = output / free_name(f"{name}_{Path(record['file_name']).stem}", written)
+            path = output / free_name(Path(f"{name}_{Path(record['file_name']).stem}.png"), written)
             if not cv2.imwrite(str(path), picture[:, :, ::-1]):
                 raise UserError(f"{path} can't be written")
     print(f"Pictures (left: detections, right: ground truth) are in {output}")

@@ -4,7 +4,7 @@ import os
 
 from .checks import check_datasets
 from .cityscapes import register_cityscapes
-from .coco import register_coco_json, register_datasets_of
+from .coco import known_classes, register_coco_json, register_datasets_of
 from .conversion import prepare_dataset
 from .demo import register_demo_datasets
 from .voc import check_difficult_policy, register_voc, register_voc_folder, training_dicts
@@ -18,6 +18,7 @@ register_cityscapes(_root)
 __all__ = [
     "check_datasets",
     "check_difficult_policy",
+    "known_classes",
     "prepare_dataset",
     "register_coco_json",
     "register_datasets_of",

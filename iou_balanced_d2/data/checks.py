@@ -15,7 +15,7 @@ from ..errors import UserError
 from .anchors import anchor_advice, anchor_recall
 from .coco import check_folder, register_datasets_of
 from .coco_format import REPAIRS, class_names, read_coco_json
-from .conversion import is_converted, prepare_dataset
+from .conversion import ConvertedDataset, prepare_dataset
 from .demo import ensure_demo_datasets
 from .inspection import (
     FATAL,
@@ -169,18 +169,13 @@ def _check_content(cfg: CfgNode, name: str, content: dict[str, Any], *, read_ima
         if kind not in FATAL:
             logger.warning(f"data set {name!r}: {_named({kind: places})}")
     if fatal := {kind: places for kind, places in report.problems.items() if kind in FATAL}:
-        raise UserError(f"{_path(name)}: {_named(fatal)}")
+        # The path by which the user knows the annotations.
+        known = DatasetCatalog[name]
+        is_converted = isinstance(known, ConvertedDataset)
+        path = known.source.path if is_converted else MetadataCatalog.get(name).json_file
+        raise UserError(f"{path}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         _warn_anchor_recall(cfg, name, content)
-
-
-def _path(name: str) -> str:
-    """The path or name by which the user knows the annotations of a data set."""
-    return str(
-        DatasetCatalog[name].source.path
-        if is_converted(name)
-        else MetadataCatalog.get(name).json_file
-    )
 
 
 def _named(problems: dict[str, list[str]]) -> str:

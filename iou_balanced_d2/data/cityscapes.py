@@ -20,14 +20,21 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .conversion import map_files, register_converted, source_digest, stamp
+from .conversion import (
+    coco_content,
+    map_files,
+    read_bytes,
+    register_converted,
+    source_digest,
+    stamp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,40 +48,11 @@ _CODE = source_digest(__file__)
 # OpenCV draws with 16 bits before the point; polygons may leave the image.
 _MAX_COORDINATE = 2**15 - 1
 _MAX_PIXELS = 2**28
+_NO_ANNOTATION = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-@dataclass(frozen=True)
-class CityscapesBox:
-    """One visible object.
-
-    Attributes:
-        label: index into :data:`CITYSCAPES_CLASSES`.
-        is_group: whether it stands for several objects.
-        box: XYXY pixel edges.
-        area: number of visible pixels.
-    """
-
-    label: int
-    is_group: bool
-    box: tuple[int, int, int, int]
-    area: int
-
-
-@dataclass(frozen=True)
-class CityscapesScene:
-    """One annotated image.
-
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        boxes: the visible objects of the 8 classes, in the order of the file.
-        hidden: number of objects of the 8 classes of which nothing is visible.
-    """
-
-    width: int
-    height: int
-    boxes: list[CityscapesBox]
-    hidden: int
+# Number of the class, XYWH box in pixels, "area" (visible pixels) and "iscrowd" (a group).
+Thing = tuple[int, list[float], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -82,27 +60,18 @@ class CityscapesSource:
     """One split.
 
     Attributes:
-        folder: holds leftImg8bit and gtFine.
+        path: the folder of leftImg8bit and gtFine.
         split: "train" or "val".
     """
 
-    folder: str
+    path: str
     split: str
-
-    @property
-    def path(self) -> str:
-        """The data set's folder."""
-        return self.folder
+    metadata: ClassVar[dict[str, Any]] = {"thing_classes": list(CITYSCAPES_CLASSES)}
 
     @property
     def image_root(self) -> str:
         """The folder of the split's cities."""
-        return os.path.join(self.folder, "leftImg8bit", self.split)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The 8 classes."""
-        return {"thing_classes": list(CITYSCAPES_CLASSES)}
+        return os.path.join(self.path, "leftImg8bit", self.split)
 
     def fingerprint(self) -> list[Any]:
         """Each annotation's name, size and time of change."""
@@ -110,27 +79,19 @@ class CityscapesSource:
         return [_CODE, [[name, *stamp(os.path.join(root, name))] for name in self._names()]]
 
     def convert(self) -> dict[str, Any]:
-        """The boxes in COCO's format; images are numbered from 1."""
+        """The boxes in COCO's format; "info" has the number of "hidden_objects"."""
         names = self._names()
-        content: dict[str, Any] = {
-            "info": {"hidden_objects": 0},
-            "images": [],
-            "annotations": [],
-            "categories": [
-                {"id": i, "name": name} for i, name in enumerate(CITYSCAPES_CLASSES, start=1)
-            ],
-        }
-        images = [self._image_of(name) for name in names]
+        files = [self._image_of(name) for name in names]
         paths = [os.path.join(self._annotation_root(), name) for name in names]
-        scenes = map_files(parse_cityscapes_json, paths, title="Cityscapes")
-        for image, scene in zip(images, scenes, strict=True):
-            _add_image(content, image, scene)
-        hidden = content["info"]["hidden_objects"]
+        read = map_files(parse_cityscapes_json, paths, title="Cityscapes")
+        images = [(file, *scene[:3]) for file, scene in zip(files, read, strict=True)]
+        content = coco_content(CITYSCAPES_CLASSES, images)
+        content["info"]["hidden_objects"] = hidden = sum(scene[3] for scene in read)
         logger.info(f"Cityscapes {self.split}: left out {hidden} objects that are hidden wholly")
         return content
 
     def _annotation_root(self) -> str:
-        return os.path.join(self.folder, "gtFine", self.split)
+        return os.path.join(self.path, "gtFine", self.split)
 
     def _names(self) -> list[str]:
         """The annotation files, relative to their root: <city>/<image>_gtFine_polygons.json."""
@@ -162,47 +123,39 @@ class CityscapesSource:
         return image
 
 
-def parse_cityscapes_json(path: str, text: bytes) -> CityscapesScene:
+def parse_cityscapes_json(path: str) -> tuple[int, int, list[Thing], int]:
     """Parse one ``*_gtFine_polygons.json``.
 
     Args:
-        path: named in errors.
-        text: JSON.
+        path: of the file.
 
     Returns:
-        the image's size and its visible objects.
+        the image's width and height, and its :func:`visible_things`.
 
     Raises:
         UserError: if it is broken or not of this format.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(read_bytes(path))
         width, height = int(content["imgWidth"]), int(content["imgHeight"])
         objects = [
             (str(o["label"]), np.array(o["polygon"], dtype=np.float64).reshape(-1, 2))
             for o in content["objects"]
             if not o.get("deleted", 0)
         ]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except _NO_ANNOTATION as error:
         raise UserError(f"{path}: not an annotation of Cityscapes: {error!r}") from error
     if not (width >= 1 and height >= 1 and width * height <= _MAX_PIXELS):
         raise UserError(f"{path}: the image size is {width} x {height}; write the true one")
     for label, polygon in objects:
         if not (np.abs(polygon) <= _MAX_COORDINATE).all():  # NaN is not, either
             raise UserError(f"{path}: a {label!r} has a vertex that is no place in the image")
-    return visible_boxes(objects, height=height, width=width)
+    return width, height, *visible_things(objects, height=height, width=width)
 
 
-def visible_boxes(
+def visible_things(
     objects: Sequence[tuple[str, NDArray[Any]]], *, height: int, width: int
-) -> CityscapesScene:
+) -> tuple[list[Thing], int]:
     """Draw polygons over each other and bound what is seen of each thing.
 
     Args:
@@ -211,7 +164,7 @@ def visible_boxes(
         width: of the image.
 
     Returns:
-        the visible objects of the 8 classes.
+        the visible objects of the 8 classes, and the number of those that are hidden wholly.
     """
     # The row of the object seen at each pixel; int32 holds more rows than 8 bit do.
     owner = np.full((height, width), -1, dtype=np.int32)
@@ -220,60 +173,23 @@ def visible_boxes(
              if label != "license plate" and len(polygon)]  # fmt: skip
     for row, _, polygon in drawn:
         cv2.fillPoly(owner, [polygon], row)
-    boxes, hidden = [], 0
+    things: list[Thing] = []
+    hidden = 0
     for row, label, polygon in drawn:
         name = label.removesuffix("group")
         if name not in CITYSCAPES_CLASSES:
             continue
-        bounds = _visible_bounds(owner, row, polygon)
-        if bounds is None:
+        # Only the polygon's own bounds are looked through: most objects are small.
+        x, y = np.maximum(polygon.min(axis=0), 0)
+        x2, y2 = np.maximum(polygon.max(axis=0) + 1, 0)
+        seen = (owner[y:y2, x:x2] == row).astype(np.uint8)
+        left, top, w, h = cv2.boundingRect(seen) if seen.size else (0, 0, 0, 0)
+        if not w:
             hidden += 1
             continue
-        boxes.append(CityscapesBox(CITYSCAPES_CLASSES.index(name), name != label, *bounds))
-    return CityscapesScene(width, height, boxes, hidden)
-
-
-def _visible_bounds(
-    owner: NDArray[np.int32], row: int, polygon: NDArray[np.int32]
-) -> tuple[tuple[int, int, int, int], int] | None:
-    """XYXY pixel edges and number of the pixels of ``row``; None if there are none.
-
-    Only the polygon's own bounds are looked through: most objects are small.
-    """
-    x1, y1 = np.maximum(polygon.min(axis=0), 0)
-    x2, y2 = np.maximum(polygon.max(axis=0) + 1, 0)
-    seen = owner[y1:y2, x1:x2] == row
-    columns, rows = np.flatnonzero(seen.any(axis=0)), np.flatnonzero(seen.any(axis=1))
-    if not len(columns):
-        return None
-    box = (
-        int(x1 + columns[0]),
-        int(y1 + rows[0]),
-        int(x1 + columns[-1]) + 1,
-        int(y1 + rows[-1]) + 1,
-    )
-    return box, int(np.count_nonzero(seen))
-
-
-def _add_image(content: dict[str, Any], file_name: str, scene: CityscapesScene) -> None:
-    """Append an image and its objects to COCO content."""
-    image_id = len(content["images"]) + 1
-    content["images"].append(
-        {"id": image_id, "file_name": file_name, "width": scene.width, "height": scene.height}
-    )
-    content["info"]["hidden_objects"] += scene.hidden
-    for thing in scene.boxes:
-        x1, y1, x2, y2 = thing.box
-        content["annotations"].append(
-            {
-                "id": len(content["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": thing.label + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": thing.area,
-                "iscrowd": int(thing.is_group),
-            }
-        )
+        fields = {"area": int(seen.sum(dtype=np.int64)), "iscrowd": int(name != label)}
+        things.append((CITYSCAPES_CLASSES.index(name), [int(x) + left, int(y) + top, w, h], fields))
+    return things, hidden
 
 
 def register_cityscapes(root: str) -> None:

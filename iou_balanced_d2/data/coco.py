@@ -1,15 +1,17 @@
 """Data sets of one's own: annotations in COCO's JSON format and a folder of images."""
 
+import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from ..errors import UserError
 from . import coco_format
 from .coco_format import read_coco_json
-from .conversion import register_converted, source_digest, stamp
+from .conversion import prepare_dataset, register_converted, source_digest, stamp
 from .voc import register_voc_folder
 from .yolo import register_yolo_folder
 
@@ -24,35 +26,21 @@ class CocoSource:
     fail after the training. It therefore gets the clean form of :func:`read_coco_json`.
 
     Attributes:
-        json_file: annotations in COCO's instance format.
+        path: annotations in COCO's instance format.
         image_root: folder that the images' ``file_name`` are relative to.
     """
 
-    json_file: str
+    path: str
     image_root: str
-
-    @property
-    def folder(self) -> str:
-        """The folder of the JSON file."""
-        return os.path.dirname(self.json_file) or "."
-
-    @property
-    def path(self) -> str:
-        """The JSON file."""
-        return self.json_file
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Nothing is known before the file is read."""
-        return {}
+    metadata: ClassVar[dict[str, Any]] = {}  # nothing is known before the file is read
 
     def fingerprint(self) -> list[Any]:
         """The file, its size and time of change."""
-        return [_CODE, os.path.basename(self.json_file), *stamp(self.json_file)]
+        return [_CODE, os.path.basename(self.path), *stamp(self.path)]
 
     def convert(self) -> dict[str, Any]:
         """The clean form."""
-        return read_coco_json(self.json_file)
+        return read_coco_json(self.path)
 
 
 def register_coco_json(name: str, json_file: str, image_root: str) -> None:
@@ -97,6 +85,23 @@ def register_datasets_of(cfg: CfgNode) -> None:
                 f"[name, folder, split, [class names]], got {entry!r}"
             )
         register_voc_folder(*entry)
+
+
+def known_classes(cfg: CfgNode) -> list[str]:
+    """The classes in their order, by the first of the config's data sets that is here.
+
+    Args:
+        cfg: the full config, its own data sets registered.
+
+    Returns:
+        the names; empty if no data set can be read.
+    """
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        with contextlib.suppress(UserError):  # its files are not here
+            prepare_dataset(name)
+        if names := MetadataCatalog.get(name).get("thing_classes"):
+            return list(names)
+    return []
 
 
 def _is_voc_entry(entry: Any) -> bool:

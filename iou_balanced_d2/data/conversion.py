@@ -8,17 +8,16 @@ not read for it, as that would take as long as converting them. An edit that kee
 goes unnoticed; delete the cache then.
 """
 
+import codecs
 import hashlib
 import json
 import logging
 import os
 import re
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -29,18 +28,16 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import write_atomically
-from .names import check_name
+from ..files import write_text
 
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "iou_balanced_cache"
-_MANY = 500  # files; below, threads and a progress bar do not pay
+_LONGEST = 200  # bytes of a name, as quoted; file systems allow 255, and names of files add to it
+_MANY = 500  # files; below, a progress bar does not pay
 _READERS = 8  # threads; they wait for the disk, so more than there are cores
-_AHEAD = 64  # files
 _MOST_NAMED = 5  # files in an error
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -48,12 +45,8 @@ class Source(Protocol):
     """Annotations that can be converted; equal sources are the same data set."""
 
     @property
-    def folder(self) -> str:
-        """The data set's folder; the cache is put below it."""
-
-    @property
     def path(self) -> str:
-        """The path that errors name: the annotation file, or the folder of many."""
+        """The annotation file, or the folder of many; the cache is put below that folder."""
 
     @property
     def image_root(self) -> str:
@@ -128,14 +121,28 @@ def prepare_dataset(name: str) -> None:
     Raises:
         UserError: if a file is missing or broken.
     """
-    if is_converted(name):
+    # (The catalog's `get` would load it.)
+    if name in DatasetCatalog and isinstance(DatasetCatalog[name], ConvertedDataset):
         DatasetCatalog[name].prepare()
 
 
-def is_converted(name: str) -> bool:
-    """Whether the annotations of a data set, if registered, are converted by this package."""
-    # (The catalog's `get` would load it.)
-    return name in DatasetCatalog and isinstance(DatasetCatalog[name], ConvertedDataset)
+def check_name(name: str, key: str = "") -> None:
+    """Make sure that a data set's name can name a folder: results go to OUTPUT_DIR/inference/NAME.
+
+    Args:
+        name: the data set's name.
+        key: the config key to name in the error.
+
+    Raises:
+        UserError: if it is empty or too long, leads to another folder, or can't be printed.
+    """
+    leads_away = name in ("", ".", "..") or "/" in name or "\\" in name
+    if leads_away or not name.isprintable() or len(quote(name, safe="")) > _LONGEST:
+        where = f"{key}: " if key else ""
+        raise UserError(
+            f"{where}the name {name[:80]!r} can't be a folder's name, as results go to "
+            "OUTPUT_DIR/inference/<name>: choose another one, without slashes"
+        )
 
 
 def register_converted(name: str, source: Source, *, key: str = "") -> None:
@@ -189,30 +196,27 @@ def cached_json(name: str, source: Source) -> str:
     Raises:
         UserError: if a source file is missing or broken, or no cache folder can be written.
     """
-    file_name = f"{quote(name, safe='')}-{_key_of(source)}.json"
-    folders = [Path(source.folder) / CACHE_FOLDER, _user_cache(source.folder)]
+    # One lock for all versions of a data set, as the old ones are removed under it.
+    lock = quote(name, safe="")
+    key = hashlib.sha256(json.dumps([CONVERTER, source.fingerprint()]).encode()).hexdigest()[:16]
+    file_name = f"{lock}-{key}.json"
+    data = source.path if os.path.isdir(source.path) else os.path.dirname(source.path) or "."
+    folders = [Path(data) / CACHE_FOLDER, _user_cache(data)]
     for folder in folders:
         if not folder.is_symlink() and os.access(folder / file_name, os.R_OK):
             return str(folder / file_name)
     for folder in folders:
-        if _is_writable(folder, name):
+        if _is_writable(folder, lock):
             break
         logger.warning(f"{folder} can't be written; the converted {name} is kept elsewhere")
     else:
         raise UserError(f"{folders[1]}: can't be written; set XDG_CACHE_HOME to a folder that can")
-    # One lock for all versions of a data set, as the old ones are removed under it.
-    with file_lock(str(folder / quote(name, safe=""))):
+    with file_lock(str(folder / lock)):
         if not (folder / file_name).exists():
             logger.info(f"Converting the annotations of {name} into {folder / file_name} ...")
-            text = _dump(source.convert())
-            write_atomically(folder / file_name, lambda f: f.write(text.encode()))
-            _remove_outdated(folder, name, keep=file_name)
+            write_text(folder / file_name, _dump(source.convert()))
+            _remove_outdated(folder, lock, keep=file_name)
     return str(folder / file_name)
-
-
-def _key_of(source: Source) -> str:
-    text = json.dumps([CONVERTER, source.fingerprint()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _user_cache(folder: str) -> Path:
@@ -224,7 +228,7 @@ def _user_cache(folder: str) -> Path:
 
 def _is_writable(folder: Path, name: str) -> bool:
     """Whether files can be made there; tried, as permissions don't show a read-only mount."""
-    lock = folder / f"{quote(name, safe='')}.lock"
+    lock = folder / f"{name}.lock"
     if folder.is_symlink() or lock.is_symlink():
         return False
     try:
@@ -240,7 +244,7 @@ def _is_writable(folder: Path, name: str) -> bool:
 
 def _remove_outdated(folder: Path, name: str, *, keep: str) -> None:
     """Remove what other keys of this data set have left, half-written files too."""
-    file = re.escape(quote(name, safe="")) + r"-[0-9a-f]{16}\.json"
+    file = re.escape(name) + r"-[0-9a-f]{16}\.json"
     pattern = re.compile(rf"{file}|\.{file}\.\w+\.unfinished")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.name != keep:
@@ -276,17 +280,42 @@ def stamp(path: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def map_files(
-    parse: Callable[[str, bytes], Result], paths: Sequence[str], *, title: str
-) -> list[Result]:
-    """Parse files; of many, reading ahead with threads.
+def read_bytes(path: str) -> bytes:
+    """The content of a file.
 
-    Most of the time is spent waiting for many small files, above all on a network's disk. Parsing
-    them in threads as well was no faster when measured (they wait for the interpreter's lock), and
-    not every program can start processes safely (CUDA, a script without a main guard).
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def read_text(path: str) -> str:
+    """The text of a file of UTF-8 or, with a byte order mark, UTF-16.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    data = read_bytes(path)
+    is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except ValueError as error:
+        raise UserError(f"{path}: not a text file") from error
+
+
+def map_files(
+    function: Callable[[str], Result], paths: Sequence[str], *, title: str
+) -> list[Result]:
+    """Call a function for each file, in threads; of many, with a bar that shows the progress.
+
+    Most of the time is spent waiting for many small files, above all on a network's disk. Not
+    every program can start processes safely (CUDA, a script without a main guard).
 
     Args:
-        parse: called with a file's path and content.
+        function: called with a file's path.
         paths: the files.
         title: written beside the bar.
 
@@ -294,65 +323,62 @@ def map_files(
         the results, in the order of the files.
 
     Raises:
-        UserError: as :func:`map_all` does, also for files that can't be read.
-    """
-    readers = _read_ahead(paths) if len(paths) >= _MANY else map(_reader, paths)
-    files = zip(paths, readers, strict=True)
-    return map_all(lambda file: parse(file[0], file[1]()), files, len(paths), title=title)
-
-
-def map_all(
-    function: Callable[[Item], Result], items: Iterable[Item], number: int, *, title: str
-) -> list[Result]:
-    """Call a function for each item; of many, with a bar that shows the progress.
-
-    Args:
-        function: called with each item.
-        items: what to go through.
-        number: of the items.
-        title: written beside the bar.
-
-    Returns:
-        the results, in the order of the items.
-
-    Raises:
         UserError: with the messages of those that the function raised; it is called for all first.
     """
-    # disable=None: a bar on a terminal, none in a log file.
-    bar = tqdm(items, total=number, desc=title, disable=None if number >= _MANY else True)
-    results, errors = [], []
-    for item in bar:
+
+    def call(path: str) -> tuple[list[Result], str]:
         try:
-            results.append(function(item))
+            return [function(path)], ""
         except UserError as error:
-            errors.append(str(error))
+            return [], str(error)
+
+    # disable=None: a bar on a terminal, none in a log file.
+    disable = None if len(paths) >= _MANY else True
+    with ThreadPool(_READERS) as pool:
+        done = pool.imap(call, paths)
+        found = list(tqdm(done, total=len(paths), desc=title, disable=disable))
+    errors = [error for _, error in found if error]
     if errors:
         more = f"; ... ({len(errors)} such)" if len(errors) > _MOST_NAMED else ""
         raise UserError("; ".join(errors[:_MOST_NAMED]) + more)
-    return results
+    return [result for results, _ in found for result in results]
 
 
-def _reader(path: str) -> Callable[[], bytes]:
-    return partial(_read, path)
+# File name, width, height, and objects: number of the class from 0 on, XYWH box, further fields.
+AnnotatedImage = tuple[str, int, int, Iterable[tuple[int, list[float], dict[str, Any]]]]
 
 
-def _read_ahead(paths: Sequence[str]) -> Iterator[Callable[[], bytes]]:
-    """For each file, in order, what gives its content; at most :data:`_AHEAD` are held."""
-    with ThreadPoolExecutor(_READERS) as executor:
-        pending: deque[Future[bytes]] = deque()
-        for path in paths:
-            pending.append(executor.submit(_read, path))
-            if len(pending) >= _AHEAD:
-                yield pending.popleft().result
-        while pending:
-            yield pending.popleft().result
+def coco_content(classes: Iterable[str], images: Iterable[AnnotatedImage]) -> dict[str, Any]:
+    """Annotated images in COCO's format; images, annotations and classes are numbered from 1.
 
+    Args:
+        classes: their names, in their order.
+        images: in their order.
 
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    Returns:
+        the content, with an empty "info".
+    """
+    content: dict[str, Any] = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+    }
+    for image_id, (file_name, width, height, objects) in enumerate(images, start=1):
+        content["images"].append(
+            {"id": image_id, "file_name": file_name, "width": width, "height": height}
+        )
+        for label, box, fields in objects:
+            annotation = {
+                "id": len(content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": label + 1,
+                "bbox": box,
+                "area": max(box[2], 0) * max(box[3], 0),
+                "iscrowd": 0,
+            }
+            content["annotations"].append(annotation | fields)
+    return content
 
 
 def source_digest(*modules: str) -> str:

@@ -2,6 +2,7 @@
 
 from PIL import Image
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
 
 

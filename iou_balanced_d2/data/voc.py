@@ -10,20 +10,27 @@ kept as they are annotated, degenerate ones too. ``difficult`` is kept as a fiel
 ``iscrowd`` and ``ignore`` stay 0, as COCO's matching of those differs from VOC's.
 """
 
-import codecs
 import math
 import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .conversion import map_files, register_converted, source_digest, stamp
-from .formats import hint_for_folder
+from .conversion import (
+    coco_content,
+    map_files,
+    read_bytes,
+    read_text,
+    register_converted,
+    source_digest,
+    stamp,
+)
+from .images import IMAGE_SUFFIXES
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -33,7 +40,6 @@ VOC_CLASSES = (
 DIFFICULT_POLICIES = ("ignore", "count", "drop")
 
 _SPLITS = {"2007": ("train", "val", "trainval", "test"), "2012": ("train", "val", "trainval")}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _CODE = source_digest(__file__)
 # As tools write <difficult>.
 _DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "true": 1, "yes": 1}
@@ -61,25 +67,20 @@ class VocSource:
     """Images of one or several VOC folders.
 
     Attributes:
-        folder: what the parts, and the images' file names, are relative to.
+        path: the folder that the parts, and the images' file names, are relative to.
         parts: (folder, split) each.
         classes: the classes in their order; None for the sorted names found in all annotations of
             the folders, whatever the split, so that all splits agree.
     """
 
-    folder: str
+    path: str
     parts: tuple[tuple[str, str], ...]
     classes: tuple[str, ...] | None
 
     @property
-    def path(self) -> str:
-        """The data set's folder."""
-        return self.folder
-
-    @property
     def image_root(self) -> str:
         """The folder of the parts."""
-        return self.folder
+        return self.path
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -89,26 +90,34 @@ class VocSource:
 
     def fingerprint(self) -> list[Any]:
         """The images of the split in order, and each annotation's size and time of change."""
-        entries = [[xml, image] for xml, image in self._entries()]
-        files = [[xml, *stamp(os.path.join(self.folder, xml))] for xml in self._annotations()]
-        return [_CODE, self.classes, entries, files]
+        files = [[xml, *stamp(os.path.join(self.path, xml))] for xml in self._annotations()]
+        return [_CODE, self.classes, self._entries(), files]
 
     def convert(self) -> dict[str, Any]:
-        """The annotations in COCO's format, with ``difficult``; images are numbered from 1."""
-        entries = self._entries()
+        """The annotations in COCO's format, with ``difficult``."""
         xmls = self._annotations()
-        paths = [os.path.join(self.folder, xml) for xml in xmls]
-        read = map_files(parse_voc_xml, paths, title="VOC")
-        scenes = dict(zip(xmls, read, strict=True))
+        paths = [os.path.join(self.path, xml) for xml in xmls]
+        read = map_files(lambda path: parse_voc_xml(path, read_bytes(path)), paths, title="VOC")
         classes = self.classes or sorted({o[0] for scene in read for o in scene.objects})
         if not classes:
-            raise UserError(f"{self.folder}: no object in any annotation")
-        found = [(os.path.join(self.folder, xml), image, scenes[xml]) for xml, image in entries]
-        return voc_content(found, classes)
+            raise UserError(f"{self.path}: no object in any annotation")
+        ids = {name: i for i, name in enumerate(classes)}
+        scenes = dict(zip(xmls, read, strict=True))
+        images = []
+        for xml, image in self._entries():
+            scene, objects = scenes[xml], []
+            for name, corners, difficult in scene.objects:
+                if name not in ids:
+                    path = os.path.join(self.path, xml)
+                    raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
+                fields = {"ignore": 0, "difficult": difficult}
+                objects.append((ids[name], _xywh(corners), fields))
+            images.append((image, scene.width, scene.height, objects))
+        return coco_content(classes, images)
 
     def _entries(self) -> list[tuple[str, str]]:
         """(annotation, image) of each image of the splits, relative to the folder."""
-        return [entry for part in self.parts for entry in _list_split(self.folder, *part)]
+        return [entry for part in self.parts for entry in _list_split(self.path, *part)]
 
     def _annotations(self) -> list[str]:
         """The annotations to be read: the splits', or all where these give the classes."""
@@ -116,7 +125,7 @@ class VocSource:
         if self.classes is not None:
             return listed
         for part, _ in self.parts:
-            names = _list_folder(os.path.join(self.folder, part, "Annotations"))
+            names = _list_folder(os.path.join(self.path, part, "Annotations"))
             xmls = [name for name in names if name.endswith(".xml")]
             listed += [os.path.join(part, "Annotations", name) for name in xmls]
         return list(dict.fromkeys(listed))
@@ -127,11 +136,9 @@ def _list_folder(path: str) -> list[str]:
         # ("._photo.jpg" is what macOS leaves beside "photo.jpg" on foreign disks.)
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
-        hint = hint_for_folder(os.path.dirname(path)) or (
-            " (VOC itself is looked for in $DETECTRON2_DATASETS)"
-        )
         raise UserError(
-            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages{hint}"
+            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages "
+            "(VOC itself is looked for in $DETECTRON2_DATASETS)"
         ) from error
 
 
@@ -140,7 +147,8 @@ def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
     path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
     images = _list_folder(os.path.join(root, folder, "JPEGImages"))
     image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in IMAGE_SUFFIXES}
-    ids = [_image_id(line, image_of) for line in _lines(path)]
+    lines = filter(None, map(str.strip, read_text(path).splitlines()))
+    ids = [_image_id(line, image_of) for line in lines]
     if not ids:
         raise UserError(f"{path}: lists no image")
     twice = [i for i, n in Counter(ids).items() if n > 1]
@@ -154,19 +162,6 @@ def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
          os.path.join(folder, "JPEGImages", image_of[i]))
         for i in ids
     ]  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a list that are not empty; also of UTF-16, and after a byte order mark."""
-    try:
-        data = Path(path).read_bytes()
-        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}; it lists the images") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a text file") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _image_id(line: str, image_of: dict[str, str]) -> str:
@@ -241,61 +236,15 @@ def _number(element: ET.Element, tag: str, path: str) -> float:
     return int(value) if value.is_integer() else value
 
 
-def voc_content(
-    scenes: Iterable[tuple[str, str, VocImage]], classes: Sequence[str]
-) -> dict[str, Any]:
-    """Annotated images in COCO's format, with ``difficult``; images are numbered from 1.
+def _xywh(corners: list[float]) -> list[float]:
+    """From 1-based pixels, the last one included, to a box of edges.
 
-    Args:
-        scenes: the annotation file, which errors name, the image's file name, and what
-            :func:`parse_voc_xml` gave.
-        classes: in their order.
-
-    Returns:
-        COCO's content.
-
-    Raises:
-        UserError: if an object is of another class.
+    Corners that coincide are a slip of the annotator, not an object of one pixel, and stay without
+    extent.
     """
-    ids = {name: i for i, name in enumerate(classes, start=1)}
-    content: dict[str, Any] = {
-        "info": {},
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for name, i in ids.items()],
-    }
-    for path, image, scene in scenes:
-        _add_image(content, image, scene, ids, path)
-    return content
-
-
-def _add_image(
-    content: dict[str, Any], file_name: str, scene: VocImage, ids: dict[str, int], path: str
-) -> None:
-    """Append an image and its objects to COCO content."""
-    image_id = len(content["images"]) + 1
-    content["images"].append(
-        {"id": image_id, "file_name": file_name, "width": scene.width, "height": scene.height}
-    )
-    for name, (x1, y1, x2, y2), difficult in scene.objects:
-        if name not in ids:
-            raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
-        # From 1-based pixels, the last one included, to edges; but corners that coincide are a
-        # slip of the annotator, not an object of one pixel, and stay without extent.
-        last = 0 if (x1, y1) == (x2, y2) else 1
-        width, height = x2 - x1 + last, y2 - y1 + last
-        content["annotations"].append(
-            {
-                "id": len(content["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": ids[name],
-                "bbox": [x1 - 1, y1 - 1, width, height],
-                "area": max(width, 0) * max(height, 0),
-                "iscrowd": 0,
-                "ignore": 0,
-                "difficult": difficult,
-            }
-        )
+    x1, y1, x2, y2 = corners
+    last = 0 if (x1, y1) == (x2, y2) else 1
+    return [x1 - 1, y1 - 1, x2 - x1 + last, y2 - y1 + last]
 
 
 def check_difficult_policy(policy: str) -> None:

@@ -7,8 +7,7 @@
 
 A line is a class index and a box, or a polygon, whose bounds are taken; in shares of the image's
 size, which is that after the turn its EXIF data ask for. With ``kpt_shape`` in the data.yaml the
-keypoints of a box follow it, and are left out. (globox and others read boxes only, or images of one
-ending.)
+keypoints of a box follow it, and are left out.
 """
 
 import math
@@ -16,17 +15,22 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from PIL import Image
 
 from ..errors import UserError
 from . import images
-from .conversion import map_all, register_converted, source_digest, stamp
-from .formats import hint_for_folder
-from .images import shown_size
-from .voc import IMAGE_SUFFIXES
+from .conversion import (
+    coco_content,
+    map_files,
+    read_text,
+    register_converted,
+    source_digest,
+    stamp,
+)
+from .images import IMAGE_SUFFIXES, shown_size
 
 _CODE = source_digest(__file__, images.__file__)
 # A share may be this far outside of 0 to 1 by rounding; clipped.
@@ -44,63 +48,31 @@ class YoloSource:
 
     path: str
     split: str
-
-    @property
-    def folder(self) -> str:
-        """The folder of the data.yaml."""
-        return os.path.dirname(os.path.abspath(self.path))
+    metadata: ClassVar[dict[str, Any]] = {}  # nothing is known before the file is read
 
     @property
     def image_root(self) -> str:
-        """What the images' file names are relative to."""
-        return self.folder
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Nothing is known before the file is read."""
-        return {}
+        """The folder of the data.yaml."""
+        return os.path.dirname(os.path.abspath(self.path))
 
     def fingerprint(self) -> list[Any]:
         """The list of images, and each label file's size and time of change."""
-        labels = [label_file(image) for image in self._images()]
-        files = [[file, *stamp(file)] for file in labels if os.path.exists(file)]
-        return [_CODE, *stamp(self.path), self._images(), files]
+        images = self._images()
+        labels = filter(os.path.exists, map(label_file, images))
+        return [_CODE, *stamp(self.path), images, [[file, *stamp(file)] for file in labels]]
 
     def convert(self) -> dict[str, Any]:
-        """The boxes in COCO's format; images and classes are numbered from 1."""
-        data = _read_yaml(self.path)
+        """The boxes in COCO's format."""
+        data = read_yaml(self.path)
         names = class_names_of(data, self.path)
         read_image = partial(_read_image, len(names), _keypoint_numbers(data, self.path))
-        content: dict[str, Any] = {
-            "info": {},
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
-        }
         images = self._images()
-        read = map_all(read_image, images, len(images), title="YOLO")
-        for image_id, (image, (width, height, boxes)) in enumerate(
-            zip(images, read, strict=True), start=1
-        ):
-            name = os.path.relpath(image, self.image_root)
-            content["images"].append(
-                {"id": image_id, "file_name": name, "width": width, "height": height}
-            )
-            for label, box in boxes:
-                content["annotations"].append(
-                    {
-                        "id": len(content["annotations"]) + 1,
-                        "image_id": image_id,
-                        "category_id": label + 1,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": 0,
-                    }
-                )
-        return content
+        read = map_files(read_image, images, title="YOLO")
+        files = [os.path.relpath(image, self.image_root) for image in images]
+        return coco_content(names, [(file, *x) for file, x in zip(files, read, strict=True)])
 
     def _images(self) -> list[str]:
-        return images_of(_read_yaml(self.path), self.path, self.split)
+        return images_of(read_yaml(self.path), self.path, self.split)
 
 
 def register_yolo_folder(name: str, path: str, split: str) -> None:
@@ -120,12 +92,14 @@ def register_yolo_folder(name: str, path: str, split: str) -> None:
     register_converted(name, YoloSource(file, split), key="DATASETS.YOLO_FOLDER")
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The content of a data.yaml.
+
+    Raises:
+        UserError: if it can't be read, or has no keys.
+    """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        hint = hint_for_folder(path if os.path.isdir(path) else os.path.dirname(path))
-        raise UserError(f"{path}: can't be read: {error.strerror}{hint}") from error
+        content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -205,20 +179,13 @@ def _resolve(place: str, content: dict[str, Any], path: str) -> Path:
 
 def _list_place(place: Path) -> list[str]:
     if place.is_file():  # a list of images, relative to itself
-        lines = _text(place).splitlines()
+        lines = read_text(str(place)).splitlines()
         return [os.path.normpath(place.parent / line.strip()) for line in lines if line.strip()]
     return [
         str(file)
         for file in place.rglob("*")
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as text: {error}") from error
 
 
 def label_file(image: str) -> str:
@@ -233,8 +200,8 @@ def label_file(image: str) -> str:
 
 def _read_image(
     num_classes: int, num_keypoint_numbers: int, image: str
-) -> tuple[int, int, list[tuple[int, list[float]]]]:
-    """An image's width, height and objects (class index, XYWH box in pixels)."""
+) -> tuple[int, int, list[tuple[int, list[float], dict[str, Any]]]]:
+    """An image's width, height and objects, as in an AnnotatedImage."""
     try:
         with Image.open(image) as file:
             width, height = shown_size(file)
@@ -243,13 +210,13 @@ def _read_image(
     path = label_file(image)
     if not os.path.exists(path):
         return width, height, []
-    objects = []
-    for number, line in enumerate(_text(Path(path)).splitlines(), start=1):
+    objects: list[tuple[int, list[float], dict[str, Any]]] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             label, (x1, y1, x2, y2) = _parse_line(line, where, num_classes, num_keypoint_numbers)
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
-            objects.append((label, box))
+            objects.append((label, box, {}))
     return width, height, objects
 
 

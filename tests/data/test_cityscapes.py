@@ -14,7 +14,7 @@ from iou_balanced_d2.data import prepare_dataset
 from iou_balanced_d2.data.cityscapes import (
     CITYSCAPES_CLASSES,
     register_cityscapes,
-    visible_boxes,
+    visible_things,
 )
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
@@ -87,8 +87,15 @@ def content_of(name):
 def boxes_of(objects, height=20, width=40):
     """(class, is_group, box, area) of each visible object."""
     polygons = [(o["label"], np.array(o["polygon"], dtype=np.float64)) for o in objects]
-    scene = visible_boxes(polygons, height=height, width=width)
-    return [(CITYSCAPES_CLASSES[b.label], b.is_group, b.box, b.area) for b in scene.boxes]
+    things, _ = visible_things(polygons, height=height, width=width)
+    return [described(thing) for thing in things]
+
+
+def described(thing):
+    """(class, is_group, XYXY box, area) of an object."""
+    label, (x, y, w, h), fields = thing
+    box = (x, y, x + w, y + h)
+    return CITYSCAPES_CLASSES[label], bool(fields["iscrowd"]), box, fields["area"]
 
 
 def test_the_classes_are_detectron2s():
@@ -199,11 +206,11 @@ def test_bounds_of_random_scenes(seed):
         if len(xs) and label != "sky":
             box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
             expected.append((label, box, len(xs)))
-    scene = visible_boxes(objects, height=50, width=50)
-    found = [(CITYSCAPES_CLASSES[b.label] + "group" * b.is_group, b.box, b.area)
-             for b in scene.boxes]  # fmt: skip
+    things, hidden = visible_things(objects, height=50, width=50)
+    found = [(name + "group" * is_group, box, area)
+             for name, is_group, box, area in map(described, things)]  # fmt: skip
     assert found == expected
-    assert scene.hidden == sum(label != "sky" for label in labels) - len(expected) > 0
+    assert hidden == sum(label != "sky" for label in labels) - len(expected) > 0
 
 
 def test_loaded_for_training(root):

@@ -15,7 +15,12 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from iou_balanced_d2.data import conversion, prepare_dataset
-from iou_balanced_d2.data.conversion import cached_json, map_files, register_converted
+from iou_balanced_d2.data.conversion import (
+    cached_json,
+    map_files,
+    read_bytes,
+    register_converted,
+)
 from iou_balanced_d2.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,8 +34,10 @@ class ToySource:
     metadata: ClassVar[dict[str, Any]] = {}
 
     @property
-    def image_root(self):
+    def path(self):
         return self.folder
+
+    image_root = path
 
     def fingerprint(self):
         return [conversion.stamp(os.path.join(self.folder, "class.txt"))]
@@ -219,24 +226,22 @@ def test_files_are_read_in_order(tmp_path, count):
     paths = [str(tmp_path / f"{i}") for i in range(count)]
     for i, path in enumerate(paths):
         Path(path).write_text(f"content {i}")
-    parsed = map_files(lambda path, content: (path, content), paths, title="")
+    parsed = map_files(lambda path: (path, read_bytes(path)), paths, title="")
     assert parsed == [(path, f"content {i}".encode()) for i, path in enumerate(paths)]
 
 
-def test_the_first_file_that_cannot_be_read_ends_it(tmp_path):
-    parsed = []
+def test_the_first_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "0").write_text("")
     paths = [str(tmp_path / f"{i}") for i in range(1000)]
-    with pytest.raises(UserError, match=r"/1: can't be read: No such file"):
-        map_files(lambda path, content: parsed.append(path), paths, title="")
-    assert parsed == paths[:1]
+    with pytest.raises(UserError, match=r"/1: can't be read: No such file.*/5: .*\(999 such\)"):
+        map_files(read_bytes, paths, title="")
 
 
 def test_a_large_set_shows_its_progress(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").write_text("")
     for terminal, expected in ((True, "Title: 100%"), (False, "")):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        map_files(lambda *_: None, [str(tmp_path / "a")] * 600, title="Title")
+        map_files(read_bytes, [str(tmp_path / "a")] * 600, title="Title")
         shown = capsys.readouterr().err
         assert expected in shown if expected else shown == ""
 

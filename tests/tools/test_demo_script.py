@@ -1,4 +1,4 @@
-"""demo/demo.py on pictures and a video."""
+"""demo/demo.py on pictures."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,8 @@ from detectron2.structures import Boxes, Instances
 
 from iou_balanced_d2.commands import demo as demo_module
 from iou_balanced_d2.commands import run_command
+from iou_balanced_d2.data import known_classes, register_datasets_of
+from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import forget_own_data
@@ -83,12 +85,13 @@ def test_a_folder_is_drawn_above_the_threshold(run_fast, tmp_path, capsys):
     assert drawn(tmp_path / "found/0.png", (3, 3, 7, 14)) > 100
 
 
-def test_names_of_the_classes_are_those_of_the_data_set(demo, own_data):
+def test_names_of_the_classes_are_those_of_the_data_set(own_data):
     forget_own_data()
-    cfg = demo.load_config(
+    cfg = load_config(
         CONFIG, ["DATASETS.COCO_JSON", repr((("own", *own_data),)), "DATASETS.TEST", "('own',)"]
     )
-    assert demo.classes_of(cfg).thing_classes == ["square", "circle"]
+    register_datasets_of(cfg)
+    assert known_classes(cfg) == ["square", "circle"]
 
 
 @pytest.mark.parametrize(("scores", "message"), [
@@ -158,48 +161,9 @@ def test_strips_deep_and_huge_pictures(run_fast, demo, tmp_path, capsys, monkeyp
     assert "images/0.png: drawn with a side of 50 pixels" in capsys.readouterr().err
 
 
-def write_video(file, frames=5):
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 10, (320, 240))
-    for i in range(frames):
-        writer.write(np.full((240, 320, 3), 40 + 10 * i, np.uint8))
-    writer.release()
-
-
-def test_a_video_is_drawn_frame_by_frame(run_fast, tmp_path, capsys):
-    write_video(tmp_path / "in.avi")
-    assert run_fast("--video-input", "in.avi") == 0
-    (file,) = (tmp_path / "found").iterdir()
-    assert file.stem == "in"
-    video = cv2.VideoCapture(str(file))
-    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
-    frames = []
-    while True:
-        ok, frame = video.read()
-        if not ok:
-            break
-        frames.append(frame.astype(int))
-    assert len(frames) == 5
-    assert frames[0].shape == (240, 320, 3)
-    for i, frame in enumerate(frames):
-        off = np.abs(frame - (40 + 10 * i)).max(axis=2) > 25
-        assert off[18:54, 18:54].sum() > 30
-        assert off[:, 200:].sum() == 0
-    assert f"Video: {Path('found') / file.name}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [None, b"no video"])
-def test_a_video_that_can_not_be_read_is_named(run_fast, tmp_path, capsys, content):
-    if content:
-        (tmp_path / "in.mp4").write_bytes(content)
-    assert run_fast("--input", "images/0.png", "--video-input", "in.mp4") == 1
-    assert "in.mp4: skipped, can't be read as a video" in capsys.readouterr().err
-    assert (tmp_path / "found/0.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--config-file", CONFIG), "nothing to look at: give --input or --video-input"),
         (("--config-file", "no.yaml", "--input", "x"), "config file 'no.yaml' not found"),
         (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WEIGHTS"), "come in pairs"),
         (("--config-file", CONFIG, "--input", "x", "--opts", "MODEL.WIGHTS", "y"), "did you mean"),
