@@ -9,6 +9,7 @@ python tools/benchmark_step.py --output output/benchmark_step.json
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from iou_balanced_d2.engine import load_config
@@ -16,14 +17,7 @@ from iou_balanced_d2.model_zoo import get_config_file
 
 # isort: split
 import torch
-from benchmarking import (
-    busy_processes,
-    compare_times,
-    in_own_process,
-    peak_extra_bytes,
-    report,
-    time_side_by_side,
-)
+from benchmarking import compare, in_own_process, peak_extra_bytes, report
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
@@ -80,27 +74,23 @@ class Detector:
         self.model(self.batch[:1])
 
 
-def memory_of(name: str, what: str, args: Any) -> float:
-    """Peak of the second step, in MiB; in a process of its own."""
+def memory_of(name: str, what: str, args: Any) -> int:
+    """Peak of the second step, in bytes; in a process of its own."""
     detector = Detector(DETECTORS[name], args)
     step: Callable[[], None] = getattr(detector, what)
     step()
     detector.optimizer.zero_grad()
-    return peak_extra_bytes(step, args.device) / 2**20
+    return peak_extra_bytes(step, args.device)
 
 
 def measure(detectors: dict[str, Detector], what: str, num_busy: int, args: Any) -> dict[str, Any]:
     """One row of the table; memory does not depend on how busy the machine is."""
     steps = {name: getattr(detector, what) for name, detector in detectors.items()}
-    with busy_processes(num_busy):  # these come last, when the steps have run
-        seconds = time_side_by_side(steps, args.device, args.repeats, warm_up=not num_busy)
-    times = compare_times(seconds["ours"], seconds["detectron2"])
-    row = {"step": what, "busy processes": num_busy, **times}
-    if what == "infer" or num_busy:
-        return row
-    mib = {name: in_own_process(memory_of, name, what, args) for name in DETECTORS}
-    row |= {f"{name} MiB": value for name, value in mib.items()}
-    return {**row, "memory: ours / detectron2": mib["ours"] / mib["detectron2"]}
+    memory = None
+    if what != "infer" and not num_busy:
+        memory = partial(in_own_process, memory_of, what=what, args=args)
+    row = compare(steps, args.device, args.repeats, num_busy=num_busy, memory=memory)
+    return {"step": what, **row}
 
 
 def main() -> None:

@@ -91,14 +91,41 @@ def median_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def compare_times(ours: list[float], stock: list[float]) -> dict[str, float]:
-    """Columns of a table: medians of both, their ratio, and our worst round."""
-    return {
+def compare(
+    steps: dict[str, Step],
+    device: str,
+    repeats: int,
+    *,
+    num_busy: int = 0,
+    memory: Callable[[str], int] | None = None,
+) -> dict[str, float]:
+    """A row of a table: time and memory of "ours" and of "detectron2".
+
+    Args:
+        steps: of both, by name.
+        device: they run on.
+        repeats: rounds that are counted.
+        num_busy: processes beside them; with some the steps must have run before.
+        memory: bytes that the step of a name takes.
+
+    Returns:
+        medians of both, the median ratio, and our worst round.
+    """
+    with busy_processes(num_busy):
+        seconds = time_side_by_side(steps, device, repeats, warm_up=not num_busy)
+    ours, stock = seconds["ours"], seconds["detectron2"]
+    row = {
+        "busy processes": num_busy,
         "detectron2 ms": 1000 * statistics.median(stock),
         "ours ms": 1000 * statistics.median(ours),
         "ours / detectron2": median_ratio(ours, stock),
         "ours: worst / median": max(ours) / statistics.median(ours),
     }
+    if memory:
+        mib = {name: memory(name) / 2**20 for name in steps}
+        row |= {f"{name} MiB": value for name, value in mib.items()}
+        row["memory: ours / detectron2"] = mib["ours"] / mib["detectron2"]
+    return row
 
 
 def peak_extra_bytes(step: Step, device: str) -> int:
@@ -121,11 +148,11 @@ def peak_extra_bytes(step: Step, device: str) -> int:
     return _status_bytes("VmHWM") - before
 
 
-def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_own_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module's function in a fresh process and return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
-        return executor.submit(function, *args).result()
+        return executor.submit(function, *args, **kwargs).result()
 
 
 def _status_bytes(field: str) -> int:
