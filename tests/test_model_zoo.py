@@ -13,7 +13,6 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from iou_balanced_d2 import model_zoo
-from iou_balanced_d2.model_zoo import model_zoo as implementation
 from iou_balanced_d2.modeling import IoUBalancedRetinaNet
 
 from .toy import toy_model
@@ -69,7 +68,7 @@ def test_what_is_not_there_raises_as_in_detectron2(zoo):
 def test_a_trained_model_is_taken_where_there_is_one(monkeypatch):
     with pytest.raises(RuntimeError, match=r"Pretrained model .* Train it by train_net\.py"):
         model_zoo.get(RETINANET, trained=True)
-    monkeypatch.setitem(implementation._URLS, RETINANET.removesuffix(".yaml"), "https://x/y.pth")
+    monkeypatch.setitem(model_zoo._URLS, RETINANET.removesuffix(".yaml"), "https://x/y.pth")
     assert model_zoo.get_config(RETINANET, trained=True).MODEL.WEIGHTS == "https://x/y.pth"
     assert model_zoo.get_config(RETINANET).MODEL.WEIGHTS.endswith("MSRA/R-50.pkl")
 
@@ -87,7 +86,7 @@ def test_get_builds_the_model_on_the_device_with_the_configs_weights(tmp_path, m
         "  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: BN}\n"
         "  RETINANET: {NUM_CONVS: 1, NUM_CLASSES: 3}\n"
     )
-    monkeypatch.setattr(implementation, "_ROOTS", (tmp_path,))
+    monkeypatch.setattr(model_zoo, "_ROOTS", (tmp_path,))
     model = model_zoo.get("toy.yaml", device="cpu")
     assert type(model) is IoUBalancedRetinaNet
     assert model.training

@@ -15,20 +15,11 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
-from ..config import loss_options
 from ..data import check_datasets
-from ..data.anchors import anchor_advice, anchor_recall, expected_w_loc
+from ..data.anchors import anchor_advice, anchor_recall
 from ..data.checks import LOW_RECALL
 from ..data.coco_format import REPAIRS
-from ..data.inspection import (
-    FATAL,
-    PROBLEMS,
-    Report,
-    inspect_annotations,
-    inspect_images,
-    missing_images,
-    strips,
-)
+from ..data.inspection import FATAL, PROBLEMS, Report, inspect
 from ..engine import load_config
 
 
@@ -37,14 +28,7 @@ def check(
 ) -> None:
     """Check one data set, print what was found, and add the kinds of its problems."""
     metadata = MetadataCatalog.get(name)
-    report = inspect_annotations(content)
-    if args.quick:
-        report.add(("missing image", path) for path in missing_images(content, metadata.image_root))
-    else:
-        images = inspect_images(content, metadata.image_root)
-        report.rotated = images.rotated
-        report.problems.update(images.problems)
-    report.add(("strip", place) for place in strips(cfg, content))
+    report = inspect(cfg, content, metadata.image_root, read_images=not args.quick)
     print(f"\n{name}: {report.num_images} images, {report.num_annotations} annotations, ", end="")
     print(f"{report.num_empty} images without any")
     print(tabulate(report.classes.items(), headers=("class", "annotations"), tablefmt="github"))
@@ -76,9 +60,6 @@ def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     share = anchor_recall(cfg, content)
     print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}", end="")
     print(f": too few; {anchor_advice(cfg, content)}" if share < LOW_RECALL else "")
-    options = loss_options(cfg)
-    if options.loc_lambda and not options.loc_weight and options.loc_weight_rule == "anchors":
-        print(f"w_loc to expect: {expected_w_loc(cfg, content):.2f} (the paper's: 2.34 and 3.05)")
 
 
 def draw(name: str, folder: str, most: int) -> None:
@@ -98,5 +79,5 @@ def run(args: argparse.Namespace) -> int:
     """Check each data set; 1 if something would spoil a training, with --strict for any problem."""
     cfg = load_config(args.config_file, args.opts)
     kinds: set[str] = set()
-    check_datasets(cfg, training=True, inspect=partial(check, cfg, args, kinds))
+    check_datasets(cfg, training=True, look=partial(check, cfg, args, kinds))
     return 1 if kinds & FATAL or (kinds and args.strict) else 0

@@ -17,15 +17,7 @@ from .coco import check_folder, register_datasets_of
 from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import ConvertedDataset, prepare_dataset
 from .demo import ensure_demo_datasets
-from .inspection import (
-    FATAL,
-    PROBLEMS,
-    has_object,
-    inspect_annotations,
-    inspect_images,
-    missing_images,
-    strips,
-)
+from .inspection import FATAL, PROBLEMS, has_object, inspect
 from .voc import check_difficult_policy
 
 _MOST_NAMED = 5
@@ -38,13 +30,13 @@ _TRUSTED = {
     *(f"iou_balanced_demo_{split}" for split in ("train", "val")),
 }
 
-Inspect = Callable[[str, dict[str, Any]], None]
+Look = Callable[[str, dict[str, Any]], None]
 
 logger = logging.getLogger(__name__)
 
 
 def check_datasets(
-    cfg: CfgNode, *, training: bool, read_images: bool = False, inspect: Inspect | None = None
+    cfg: CfgNode, *, training: bool, read_images: bool = False, look: Look | None = None
 ) -> None:
     """Check that the config's data sets exist and fit the model; convert or draw what is used.
 
@@ -52,7 +44,7 @@ def check_datasets(
         cfg: the full config.
         training: check DATASETS.TRAIN too, not only DATASETS.TEST.
         read_images: decode every image, and the annotations of detectron2's own data sets too.
-        inspect: called with the name and the clean content of each data set that has a JSON file,
+        look: called with the name and the clean content of each data set that has a JSON file,
             in place of the search for bad annotations and images that ends in an error.
 
     Raises:
@@ -73,15 +65,15 @@ def check_datasets(
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
         try:
             classes = _check_known(name) if name in _TRUSTED else []
-            if name in _TRUSTED and not read_images and inspect is None:
+            if name in _TRUSTED and not read_images and look is None:
                 pass
             elif MetadataCatalog.get(name).get("json_file"):
                 content = read_coco_json(MetadataCatalog.get(name).json_file)
                 check_folder(MetadataCatalog.get(name).image_root)
-                if inspect is None:
+                if look is None:
                     _check_content(cfg, name, content, read_images=read_images)
                 else:
-                    inspect(name, content)
+                    look(name, content)
                 classes = class_names(content)
                 is_empty[name] = not has_object(content, cfg.DATASETS.VOC_DIFFICULT)
             else:
@@ -157,14 +149,9 @@ def _check_records(name: str) -> list[str]:
 def _check_content(cfg: CfgNode, name: str, content: dict[str, Any], *, read_images: bool) -> None:
     """Look for what is wrong with a data set's annotations, and its images if asked to."""
     image_root = MetadataCatalog.get(name).image_root
-    report = inspect_annotations(content)
+    report = inspect(cfg, content, image_root, read_images=read_images)
     for kind, (number, place) in report.repairs.items():
         logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
-    if read_images:
-        report.problems.update(inspect_images(content, image_root).problems)
-    elif missing := missing_images(content, image_root):
-        report.problems["missing image"] = missing
-    report.add(("strip", place) for place in strips(cfg, content))
     for kind, places in report.problems.items():
         if kind not in FATAL:
             logger.warning(f"data set {name!r}: {_named({kind: places})}")

@@ -8,7 +8,6 @@ import gzip
 import json
 import math
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "categories": {"id": (int, str), "name": (str,)},
 }  # fmt: skip
 _CROWD = {"0": 0, "1": 1, "false": 0, "true": 1, "none": 0, "null": 0, "": 0}
+
+# An id's text -> the id and its number: 1 and "1" are the same.
+Ids = dict[str, tuple[Any, int]]
 
 # Kind of repair -> what is done.
 REPAIRS = {
@@ -180,37 +182,37 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _key(id_: Any) -> Any:
-    """The key of an id in a lookup: 1 and "1" are two ids."""
-    return (type(id_) is str, id_)
+def _ids(section: str, rows: list[dict[str, Any]], found: _Found) -> Ids:
+    """Each id and its number."""
+    places: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        first = places.setdefault(str(row["id"]), i)
+        if first != i:
+            raise UserError(
+                f"{section}[{first}] and [{i}] have the same id {_shown(row['id'])}; "
+                "give each its own"
+            )
+    odd = [(i, r["id"]) for i, r in enumerate(rows) if not _is_id(r["id"], least=0)]
+    if not odd:
+        return {str(row["id"]): (row["id"], row["id"]) for row in rows}
+    for i, id_ in odd:
+        found.repaired("image id" if section == "images" else "category id",
+                       f"{section}[{i}]: {_shown(id_)}")  # fmt: skip
+    ordered = sorted((type(row["id"]) is str, row["id"]) for row in rows)
+    return {str(id_): (id_, number) for number, (_, id_) in enumerate(ordered, start=1)}
 
 
-def _ids(section: str, rows: list[dict[str, Any]], found: _Found) -> dict[Any, int]:
-    """The number of each id, by :func:`_key`."""
-    keys = Counter(_key(row["id"]) for row in rows)
-    twice = next((key for key, number in keys.items() if number > 1), None)
-    if twice is not None:
-        places = [i for i, row in enumerate(rows) if _key(row["id"]) == twice]
-        raise UserError(
-            f"{section}[{places[0]}] and [{places[1]}] have the same id {_shown(twice[1])}; "
-            "give each its own"
-        )
-    if all(not is_text and 0 <= id_ < _MAX_ID for is_text, id_ in keys):
-        return {key: key[1] for key in keys}
-    kind = {"images": "image id", "categories": "category id"}[section]
-    for i, (is_text, id_) in enumerate(keys):
-        if is_text or not 0 <= id_ < _MAX_ID:
-            found.repaired(kind, f"{section}[{i}]: {_shown(id_)}")
-    return {key: number for number, key in enumerate(sorted(keys), start=1)}
+def _is_id(value: Any, *, least: int) -> bool:
+    return type(value) is int and least <= value < _MAX_ID
 
 
-def _id_of(raw: dict[str, Any], ids: dict[Any, int]) -> dict[str, Any]:
+def _id_of(raw: dict[str, Any], ids: Ids) -> dict[str, Any]:
     """The id of an image or category, and what it was in the user's file if that differs."""
-    original, number = raw.get("original_id", raw["id"]), ids[_key(raw["id"])]
+    original, number = raw.get("original_id", raw["id"]), ids[str(raw["id"])][1]
     return {"id": number} if original == number else {"id": number, "original_id": original}
 
 
-def _image(raw: dict[str, Any], i: int, ids: dict[Any, int], found: _Found) -> dict[str, Any]:
+def _image(raw: dict[str, Any], i: int, ids: Ids, found: _Found) -> dict[str, Any]:
     width, height, name = raw["width"], raw["height"], raw["file_name"]
     if not (1 <= width <= 2**31 and 1 <= height <= 2**31):
         raise UserError(
@@ -228,8 +230,8 @@ def _image(raw: dict[str, Any], i: int, ids: dict[Any, int], found: _Found) -> d
 def _annotation(
     raw: dict[str, Any],
     i: int,
-    image_ids: dict[Any, int],
-    category_ids: dict[Any, int],
+    image_ids: Ids,
+    category_ids: Ids,
     found: _Found,
 ) -> dict[str, Any] | None:
     """The clean annotation; None if its image or category is unknown."""
@@ -255,23 +257,17 @@ def _annotation(
     return {**annotation, "difficult": 1} if difficult else annotation
 
 
-def _refer(
-    raw: dict[str, Any], field: str, ids: dict[Any, int], i: int, found: _Found
-) -> int | None:
+def _refer(raw: dict[str, Any], field: str, ids: Ids, i: int, found: _Found) -> int | None:
     """The number of the image or category that an annotation names."""
     value = raw[field]
-    number = ids.get(_key(value))
-    if number is None:  # 1 for "1", or "1" for 1
-        other = str(value) if type(value) is int and abs(value) < _MAX_ID else value
-        if type(value) is str and value.isascii() and value.isdigit() and len(value) < 20:
-            other = int(value)
-        number = ids.get(_key(other))
-        if number is not None:
-            found.repaired("reference", f"annotations[{i}]: {field} {_shown(value)}")
-        else:
-            kind = "unknown image" if field == "image_id" else "unknown category"
-            place = f"annotations[{i}] (id {_shown(raw.get('id'))}): {field} {_shown(value)}"
-            found.problems.setdefault(kind, []).append(place)
+    if str(value) not in ids:
+        kind = "unknown image" if field == "image_id" else "unknown category"
+        place = f"annotations[{i}] (id {_shown(raw.get('id'))}): {field} {_shown(value)}"
+        found.problems.setdefault(kind, []).append(place)
+        return None
+    id_, number = ids[str(value)]
+    if type(id_) is not type(value):
+        found.repaired("reference", f"annotations[{i}]: {field} {_shown(value)}")
     return number
 
 
@@ -322,7 +318,7 @@ def _number(annotations: list[dict[str, Any]], found: _Found) -> None:
     object 0 would be lost.
     """
     ids = [a["id"] for a in annotations]
-    good = [type(id_) is int and 0 < id_ < _MAX_ID for id_ in ids]
+    good = [_is_id(id_, least=1) for id_ in ids]
     seen: set[Any] = set()
     for i, id_ in enumerate(ids):
         if not good[i] or id_ in seen:

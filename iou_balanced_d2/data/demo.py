@@ -15,16 +15,14 @@ the topmost object that covers at least half of it. An object is only drawn if a
 ``DemoSpec.min_visible`` of every object, itself included, stays visible.
 """
 
-from __future__ import annotations
-
 import colorsys
-import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +33,16 @@ from detectron2.data.datasets.coco import load_coco_json
 from iopath.common.file_io import file_lock
 from numpy.typing import NDArray
 
-__all__ = [
-    "DEMO_CLASSES",
-    "DEMO_SPEC",
-    "DemoScene",
-    "DemoSpec",
-    "draw_scene",
-    "ensure_demo_datasets",
-    "register_demo_datasets",
-]
+from .conversion import coco_content, source_digest
 
 logger = logging.getLogger(__name__)
 
 DEMO_CLASSES = ("ellipse", "rectangle", "triangle", "star", "cross")
 _FOLDER = "iou_balanced_demo"
-_SPLITS = ("train", "val")
 _STAMP = "stamp.json"
 _SUPERSAMPLE = 4
 _ATTEMPTS = 12
-# The digest of this file, not a version to be raised by hand, which would be forgotten. Taken when
-# the code is loaded: the file may be edited while a process still runs what it was.
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+_SOURCE = source_digest(__file__)
 
 Array = NDArray[Any]
 
@@ -285,7 +272,8 @@ def ensure_demo_datasets(root: str, spec: DemoSpec = DEMO_SPEC) -> Path:
         OSError: the folder cannot be written.
     """
     folder = Path(root) / _FOLDER
-    stamp = _stamp(spec)
+    # What must agree for a drawn set to be used again.
+    stamp = {"spec": asdict(spec), "classes": list(DEMO_CLASSES), "source": _SOURCE}
     if _is_current(folder, stamp):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -295,11 +283,6 @@ def ensure_demo_datasets(root: str, spec: DemoSpec = DEMO_SPEC) -> Path:
             logger.info(f"Drawing the demo set into {folder} ...")
             _publish(folder, spec, stamp)
     return folder
-
-
-def _stamp(spec: DemoSpec) -> dict[str, Any]:
-    """What must agree for a drawn set to be used again: parameters, classes and this file."""
-    return {"spec": asdict(spec), "classes": list(DEMO_CLASSES), "source": _SOURCE}
 
 
 def _is_current(folder: Path, stamp: dict[str, Any]) -> bool:
@@ -331,40 +314,21 @@ def _write_split(folder: Path, split: str, indices: range, spec: DemoSpec) -> No
     """Writes the images of one split and its COCO JSON."""
     (folder / split).mkdir()
     (folder / "annotations").mkdir(exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, index in enumerate(indices, start=1):
+    images = []
+    for index in indices:
         scene = draw_scene(index, spec)
         # PNG, not JPEG: the pixels are then the same whatever library reads them.
         name = f"{index:06d}.png"
         if not cv2.imwrite(str(folder / split / name), scene.image):
             raise OSError(f"cannot write {folder / split / name}")
-        images.append({"id": image_id, "file_name": name, "width": spec.size, "height": spec.size})
-        first_id = len(annotations) + 1
-        annotations.extend(_coco_annotations(scene, image_id, first_id))
-    categories = [{"id": i, "name": name} for i, name in enumerate(DEMO_CLASSES, start=1)]
-    coco = {
-        "info": {"description": "Drawn shapes of iou_balanced_d2's demo"},
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco))
-
-
-def _coco_annotations(scene: DemoScene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """The COCO annotations of one image, numbered from ``first_id``."""
-    return [
-        {
-            "id": first_id + row,
-            "image_id": image_id,
-            "category_id": int(label) + 1,
-            "bbox": [int(x1), int(y1), int(x2 - x1), int(y2 - y1)],
-            "area": int(np.count_nonzero(scene.owner == row)),
-            "iscrowd": 0,
-        }
-        for row, (label, (x1, y1, x2, y2)) in enumerate(zip(scene.labels, scene.boxes, strict=True))
-    ]
+        objects = []
+        for row, (x1, y1, x2, y2) in enumerate(scene.boxes.tolist()):
+            area = int(np.count_nonzero(scene.owner == row))
+            box = [x1, y1, x2 - x1, y2 - y1]
+            objects.append((int(scene.labels[row]), box, {"area": area}))
+        images.append((name, spec.size, spec.size, objects))
+    content = coco_content(DEMO_CLASSES, images)
+    (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
 
 
 def register_demo_datasets(root: str) -> None:
@@ -375,25 +339,19 @@ def register_demo_datasets(root: str) -> None:
     Args:
         root: the folder of all data sets, usually ``$DETECTRON2_DATASETS`` or ``"datasets"``.
     """
-    for split in _SPLITS:
-        _register_split(root, split)
-
-
-def _register_split(root: str, split: str) -> None:
-    """Registers one split; a function of its own so that the loader keeps its arguments."""
-    name = f"{_FOLDER}_{split}"
     folder = Path(root) / _FOLDER
-    json_file = str(folder / "annotations" / f"{split}.json")
-    image_root = str(folder / split)
+    for split in ("train", "val"):
+        name = f"{_FOLDER}_{split}"
+        paths = str(folder / "annotations" / f"{split}.json"), str(folder / split)
+        DatasetCatalog.register(name, partial(_load, root, *paths, name))
+        MetadataCatalog.get(name).set(
+            json_file=paths[0],
+            image_root=paths[1],
+            evaluator_type="coco",
+            thing_classes=list(DEMO_CLASSES),
+        )
 
-    def load() -> list[dict[str, Any]]:
-        ensure_demo_datasets(root)
-        return list(load_coco_json(json_file, image_root, name))
 
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=list(DEMO_CLASSES),
-    )
+def _load(root: str, json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
+    ensure_demo_datasets(root)
+    return list(load_coco_json(json_file, image_root, name))

@@ -112,6 +112,29 @@ def inspect_annotations(content: dict[str, Any]) -> Report:
     return report
 
 
+def inspect(cfg: CfgNode, content: dict[str, Any], image_root: str, *, read_images: bool) -> Report:
+    """All that is wrong with a data set.
+
+    Args:
+        cfg: the full config.
+        content: clean, see :func:`read_coco_json`.
+        image_root: folder of the images.
+        read_images: decode them, too; else they only have to be there.
+
+    Returns:
+        the report.
+    """
+    report = inspect_annotations(content)
+    if read_images:
+        images = inspect_images(content, image_root)
+        report.problems.update(images.problems)
+        report.rotated = images.rotated
+    else:
+        report.add(("missing image", path) for path in missing_images(content, image_root))
+    report.add(("strip", place) for place in strips(cfg, content))
+    return report
+
+
 def has_object(content: dict[str, Any], policy: str) -> bool:
     """Whether there is an object to train on: no crowd, with an area inside of its image.
 

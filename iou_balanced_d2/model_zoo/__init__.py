@@ -7,13 +7,18 @@ As ``detectron2.model_zoo``::
     model = model_zoo.get("FCOS/COCO-Detection/fcos_R_50_FPN_1x_iou_balanced.yaml")
 """
 
-from .model_zoo import (
-    get,
-    get_checkpoint_url,
-    get_config,
-    get_config_file,
-    get_detectron2_config,
-)
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.modeling import build_model
+from omegaconf import DictConfig
+from torch import nn
+
+from ..engine import load_config
+from ..engine.checkpoint import RobustCheckpointer
+from ..projects import import_projects
 
 __all__ = [
     "get",
@@ -22,3 +27,133 @@ __all__ = [
     "get_config_file",
     "get_detectron2_config",
 ]
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel has the configs inside this package, a checkout at its top (see setup.py); in both a
+# project's are in projects/<Name>/configs.
+_ROOTS = (_PACKAGE, _PACKAGE.parent.parent)
+
+# Config without its ending -> URL of the model trained with it. None is published so far; the
+# models to fine-tune from are in detectron2's zoo.
+_URLS: dict[str, str] = {}
+
+
+def get_config_file(config_path: str) -> str:
+    """Path of one of the project's config files.
+
+    Args:
+        config_path: name relative to ``configs/``, e.g.
+            "COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml", or the name of a project and
+            then relative to its configs, e.g. "FCOS/COCO-Detection/fcos_R_50_FPN_1x.yaml".
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        RuntimeError: if there is no such config (as detectron2's function of this name).
+    """
+    project, _, rest = config_path.partition("/")
+    for root in _ROOTS:
+        for path in (
+            root / "configs" / config_path,
+            root / "projects" / project / "configs" / rest,
+        ):
+            if path.is_file():
+                return str(path)
+    raise RuntimeError(f"{config_path} not available in the model zoo")
+
+
+def get_checkpoint_url(config_path: str) -> str:
+    """URL of the model trained with a config.
+
+    Args:
+        config_path: as in :func:`get_config_file`.
+
+    Returns:
+        the URL.
+
+    Raises:
+        RuntimeError: if there is no such config, or no published model of it.
+    """
+    get_config_file(config_path)
+    url = _URLS.get(config_path.removesuffix(".yaml").removesuffix(".py"))
+    if url is None:
+        raise RuntimeError(
+            f"Pretrained model for {config_path} is not available! Train it by train_net.py, or "
+            "take trained=False, which starts from the config's own weights"
+        )
+    return url
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
+    """The config of a model, with the project's keys and defaults.
+
+    Args:
+        config_path: as in :func:`get_config_file`.
+        trained: take the weights trained with this config instead of those it starts from.
+
+    Returns:
+        a CfgNode for a .yaml file, a DictConfig for a .py file.
+
+    Raises:
+        RuntimeError: if there is no such config, or no trained model of it.
+    """
+    config_file = get_config_file(config_path)
+    if config_file.endswith(".py"):
+        lazy = LazyConfig.load(config_file)
+        if trained:
+            lazy.train.init_checkpoint = get_checkpoint_url(config_path)
+        return lazy
+    cfg = load_config(config_file)
+    if trained:
+        cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
+    return cfg
+
+
+def get_detectron2_config(config_path: str) -> DictConfig:
+    """A LazyConfig of detectron2's own zoo, for ours to be based on.
+
+    detectron2's function imports pkg_resources, which newer versions of setuptools do not have.
+
+    Args:
+        config_path: name relative to its ``configs/``, e.g.
+            "COCO-Detection/retinanet_R_50_FPN_1x.py".
+
+    Returns:
+        the config.
+
+    Raises:
+        RuntimeError: if the installed detectron2 has no such config.
+    """
+    path = Path(detectron2.__file__).parent / "model_zoo" / "configs" / config_path
+    if not path.is_file():
+        raise RuntimeError(f"{config_path} not available in the model zoo of detectron2: {path}")
+    return LazyConfig.load(str(path))
+
+
+def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """The model that a config describes, with its weights loaded.
+
+    Args:
+        config_path: as in :func:`get_config_file`.
+        trained: see :func:`get_config`.
+        device: where the model is to be; None for the config's, or the CPU where there is no CUDA.
+
+    Returns:
+        the model, in training mode.
+
+    Raises:
+        RuntimeError: if there is no such config, or no trained model of it.
+    """
+    cfg = get_config(config_path, trained)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
+    else:
+        import_projects()
+        model, weights = instantiate(cfg.model), cfg.train.init_checkpoint
+        model.to(device or cfg.train.device)
+    RobustCheckpointer(model).load(weights)
+    return model
