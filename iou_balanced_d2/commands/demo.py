@@ -30,6 +30,7 @@ from ..data.coco_format import class_names, read_coco_json
 from ..data.images import fault_of
 from ..data.inspection import PROBLEMS
 from ..engine import load_config
+from ..engine.checkpoint import RobustCheckpointer
 from ..engine.checks import check_weights
 from ..engine.config import choose_device
 from ..engine.rehearsal import check_build
@@ -51,8 +52,14 @@ class Detector:
         Args:
             cfg: the full config.
             threshold: lowest score that counts.
+
+        Raises:
+            UserError: if the weights can't be read, or are not the whole model's.
         """
-        self._predict = DefaultPredictor(cfg)
+        without = cfg.clone()
+        without.MODEL.WEIGHTS = ""  # detectron2's predictor would run code that a file holds
+        self._predict = DefaultPredictor(without)
+        RobustCheckpointer(self._predict.model, strict=True).load(cfg.MODEL.WEIGHTS)
         self._threshold = threshold
         self.longest = cfg.INPUT.MAX_SIZE_TEST  # times the shorter side; nothing is left of others
         self.metadata = classes_of(cfg)
