@@ -16,7 +16,6 @@ from ..errors import UserError
 from ..files import read_yaml
 
 
-
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Build the config of a run. Config files hold only values: none of them runs code.
 
