@@ -23,8 +23,8 @@ from iou_balanced_d2.analysis.comparison import compare_sides
 
 def write_case(folder: Path, *case: int) -> None:
     """Ground truth and two files of detections, the second of scores with some more noise."""
-    coco, detections = draw_case(*case)
-    (folder / "ground_truth.json").write_text(json.dumps(coco.dataset))
+    content, detections = draw_case(*case)
+    (folder / "ground_truth.json").write_text(json.dumps(content))
     rng = np.random.default_rng(1)
     for name, noise in (("a", 0.0), ("b", 0.05)):
         drawn = rng.normal(0, noise, len(detections))
