@@ -11,6 +11,13 @@ from pathlib import Path
 
 from .errors import UserError
 
+CONVERTED_FORMATS = {
+    "labelme": "folder of JSON files; rectangles and polygons",
+    "cvat": 'XML file, "CVAT for images"; boxes',
+    "via": "JSON file of VGG's Image Annotator, annotations or project; rectangles",
+    "voc": "folder of PASCAL VOC's XML files",
+    "openimages": "CSV file of boxes",
+}
 EXPORT_FORMATS = ("torchscript", "onnx")
 
 
@@ -131,6 +138,18 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_opts(parser)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    formats = (f"{name}: {what}" for name, what in CONVERTED_FORMATS.items())
+    parser.epilog = "formats: " + "; ".join(formats)
+    add("format", choices=CONVERTED_FORMATS)
+    add("annotations", type=Path, help="file or folder")
+    add("output", type=Path, help="the COCO JSON file to write")
+    add("--images", type=Path, help="folder of the images; default: that of the annotations")
+    add("--classes", nargs="+", help="names in their order; default: those found")
+    add("--label-key", help="via: the region attribute that is the class")
+
+
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ground-truth", metavar="JSON", help="annotations in COCO's format")
@@ -217,4 +236,6 @@ COMMANDS = {
                     _add_demo),
     "export": Command("export_model", "Write a trained detector as a TorchScript or ONNX file, and "
                       "check the file against it.", _add_export),
+    "convert": Command("convert_dataset", "Convert annotations of other tools into COCO JSON, for "
+                       "DATASETS.COCO_JSON.", _add_convert),
 }  # fmt: skip

@@ -1,16 +1,21 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and YAML that is read whatever it holds."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from .errors import UserError
 
 # Suffix of files that are still being written.
 _UNFINISHED = ".unfinished"
+# Of a YAML text; detectron2's configs have some hundred.
+_MOST_VALUES = 100_000
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -87,3 +92,35 @@ def _sync_folder(folder: str) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text in UTF-8 by :func:`write_atomically`."""
     write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file.
+
+    Args:
+        path: of UTF-8; aliases in it may repeat values, but not without end.
+
+    Raises:
+        OSError, UnicodeDecodeError, RecursionError: if it can't be read.
+        yaml.YAMLError: if it is no YAML, holds other objects, or too many values.
+    """
+    with open(path, encoding="utf-8-sig") as f:
+        loader = yaml.SafeLoader(f)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _num_values(root, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(
+                f"{str(path)!r} has over {_MOST_VALUES} values, as its aliases (*) repeat them"
+            )
+        return loader.construct_document(root)
+
+
+def _num_values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """The number of values of a tree whose branches may be one another; infinite in a circle."""
+    if node not in known:
+        known[node] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [x for child in children for x in (child if isinstance(child, tuple) else (child,))]
+        known[node] = 1 + sum(_num_values(x, known) for x in flat)
+    return known[node]

@@ -157,6 +157,15 @@ def test_mistakes_are_one_line(command, capsys):
         assert words in err
 
 
+def test_help_shows_the_keys(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command("--help")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for line in ("model.iou_balanced.cls_eta=1.5", "train.max_iter=90000", "train.output_dir="):
+        assert f"\n  {line}" in out
+
+
 def test_broken_files_are_named(tmp_path):
     for text, words in (("model = 1 +", "SyntaxError"), ("train = {}", "does not define model")):
         path = tmp_path / "broken.py"

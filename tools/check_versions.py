@@ -45,7 +45,7 @@ def oldest(requirements: list[str]) -> list[str]:
     pins = ["setuptools<81"]  # detectron2 needs its pkg_resources
     for line in requirements:
         requirement, _, extra = line.partition("; extra == ")
-        if extra in ("", '"fast"'):
+        if not extra:
             found = re.fullmatch(r"([\w.-]+)>=([\w.]+)(,.*)?", requirement)
             if found is None:
                 raise UserError(f"{line!r} has no oldest version: write NAME>=VERSION")

@@ -11,6 +11,7 @@ code: take only those you trust.
 import argparse
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ import warnings
 from typing import Any
 
 from iou_balanced_d2.arguments import launch_argument_parser
+from iou_balanced_d2.config.description import config_help
 from iou_balanced_d2.engine import find_placement, launch
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.config import flatten
@@ -27,6 +29,7 @@ from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.losses import LossOptions
+from iou_balanced_d2.model_zoo.model_zoo import get_detectron2_config
 from iou_balanced_d2.projects import import_projects
 
 # isort: split
@@ -40,6 +43,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -60,8 +64,9 @@ def load(args: argparse.Namespace) -> DictConfig:
     missing = [part for part in PARTS if part not in cfg]
     if missing:
         raise UserError(f"config file {path!r} does not define {', '.join(missing)}")
+    keys = [*flat_keys(OmegaConf.to_container(cfg)), *model_arguments(cfg)]
     for word in args.opts:
-        check_override(word, cfg)
+        check_override(word, keys)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     try:
         instantiate(cfg.model.get("iou_balanced"))
@@ -77,22 +82,55 @@ def load(args: argparse.Namespace) -> DictConfig:
     return cfg
 
 
-def check_override(word: str, cfg: DictConfig) -> None:
+def key_help() -> str:
+    """The keys that the script reads besides detectron2's of the model and the data."""
+    losses = [item for item in config_help() if item.key.startswith("MODEL.IOU_BALANCED.")]
+    train = flatten(OmegaConf.to_container(get_detectron2_config("common/train.py").train))
+    shown = [f"  {item.key.lower()}={item.default}" for item in losses]
+    shown += [f"  train.{key}={value}" for key, value in train.items()]
+    return "\n".join(
+        [
+            "keys, with their defaults (python -m iou_balanced_d2.config explains the losses'):",
+            *shown,
+            "and the arguments of the other parts that the config file defines",
+        ]
+    )
+
+
+def flat_keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    below = [[f"{prefix}{key}", *flat_keys(v, f"{prefix}{key}.")] for key, v in node.items()]
+    return [key for keys in below for key in keys]
+
+
+def model_arguments(cfg: DictConfig) -> list[str]:
+    """The detector's arguments as keys; those with a default may be left out in the file."""
+    target = cfg.model._target_
+    detector = locate(target) if isinstance(target, str) else target
+    # A detector hands on what it doesn't know to the class that it extends.
+    classes = [kind for kind in inspect.getmro(detector) if issubclass(kind, nn.Module)]
+    found = [x for kind in classes for x in inspect.signature(kind).parameters.values()]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [x.name for x in found if x.kind not in several]
+    if "iou_balanced" in names:
+        names += [f"iou_balanced.{field.name}" for field in dataclasses.fields(LossOptions)]
+    return [f"model.{name}" for name in names]
+
+
+def check_override(word: str, keys: list[str]) -> None:
     """Refuse what detectron2 would add as a key that nothing reads."""
     key, equals, _ = word.partition("=")
     if not equals:
         raise UserError(f"{word!r} is no KEY=VALUE pair (flags stand before the first of those)")
-    known = [f"model.iou_balanced.{field.name}" for field in dataclasses.fields(LossOptions)]
-    known += flatten(OmegaConf.to_container(cfg))
-    # Arguments of the model's other parts, and whole nodes, may be left out in the file.
+    # Arguments of the model's parts may be left out in the file.
     node = key.rpartition(".")[0]
-    is_argument = f"{node}.".startswith("model.") and node != "model.iou_balanced"
-    if key in known or OmegaConf.select(cfg, key) is not None:
+    open_nodes = [x for x in keys if x.startswith("model.") and x != "model.iou_balanced"]
+    if key in keys or node in open_nodes:
         return
-    if not (is_argument and OmegaConf.select(cfg, node) is not None):
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown key {key!r}{hint}")
+    close = difflib.get_close_matches(key, keys, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown key {key!r}{hint}")
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
@@ -175,7 +213,8 @@ def facts_of(cfg: DictConfig, args: argparse.Namespace) -> dict[str, str]:
 def run() -> int:
     """Check, then launch; a user's mistake is one line and exit code 2."""
     parser = launch_argument_parser()
-    parser.description = __doc__.splitlines()[0]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = __doc__, key_help()
     args = parser.parse_args()
     try:
         placement = find_placement(args)

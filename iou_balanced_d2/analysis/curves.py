@@ -1,7 +1,7 @@
-"""The curves of trainings: losses and AP over the iterations."""
+"""What a training has logged: ``metrics.json`` in its folder, read, and drawn as curves."""
 
+import json
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ..files import write_atomically
 from .plots import label, new_figure, style
-from .training_log import read_training_log
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +19,34 @@ Curves = dict[str, list[tuple[int, float]]]
 _SMOOTH = 20  # points of a loss's curve that are averaged
 
 
-def read_curves(folder: str | Path) -> Curves:
-    """The losses and the APs on the test sets that a training has logged.
+def read_training_log(folder: str | Path) -> Curves:
+    """Read the scalars that detectron2 has logged of a training, one JSON object a line.
 
     Args:
-        folder: its OUTPUT_DIR; may lack ``metrics.json``.
+        folder: its OUTPUT_DIR; may lack the file.
 
     Returns:
-        name -> (iteration, value) by iteration.
+        name -> (iteration, value) by iteration. Of an iteration logged twice, after a resume, the
+        later value counts. A line that a killed training left unfinished is skipped.
     """
-    return {k: v for k, v in read_training_log(folder).items() if _is_loss(k) or _is_ap(k)}
+    file = Path(folder, "metrics.json")
+    if not file.is_file():
+        return {}
+    scalars: dict[str, dict[int, float]] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        entry = _entry(line)
+        for name, value in entry.items():
+            if name != "iteration" and type(value) in (int, float):
+                scalars.setdefault(name, {})[entry["iteration"]] = value
+    return {name: sorted(values.items()) for name, values in scalars.items()}
+
+
+def _entry(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) and type(entry.get("iteration")) is int else {}
 
 
 def _is_loss(name: str) -> bool:
@@ -40,43 +57,33 @@ def _is_ap(name: str) -> bool:
     return f"/{name}".endswith("/bbox/AP")
 
 
-def draw_curves(runs: Sequence[tuple[int, str, Curves]]) -> Figure:
-    """Draw losses and AP, a panel each.
+def draw_curves(log: Curves) -> Figure | None:
+    """Draw the losses and the APs on the test sets, a panel each.
 
     Args:
-        runs: for each, its detector's row and name ("" for none), and its curves; one at least.
+        log: of :func:`read_training_log`.
 
     Returns:
-        the figure.
+        the figure; None where neither was logged.
     """
-    names = {name: None for _, _, run in runs for name in run}
-    ordered = sorted(names, key=_is_ap)
-    columns = min(len(ordered), 2)
-    rows = -(-len(ordered) // columns)
+    names = [*filter(_is_loss, log), *filter(_is_ap, log)]
+    if not names:
+        return None
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
     figure, panels = new_figure(5.5 * columns, 3.2 * rows, rows, columns)
-    for axes, name in zip(panels.flat, ordered, strict=False):
-        _draw_panel(axes, name, runs)
-    for axes in panels.flat[len(ordered) :]:
-        axes.axis("off")
-    return figure
-
-
-def _draw_panel(axes: Any, name: str, runs: Sequence[tuple[int, str, Curves]]) -> None:
-    title, named = label(name), set()
-    for i, run_name, run in runs:
-        if name not in run:
-            continue
-        x, y = np.array(run[name], float).T
+    for axes, name in zip(panels.flat, names, strict=False):
+        title, (x, y) = label(name), np.array(log[name], float).T
         if _is_loss(name) and len(y) > _SMOOTH:
             x, y = x[_SMOOTH - 1 :], np.convolve(y, np.full(_SMOOTH, 1 / _SMOOTH), "valid")
-            title = f"{label(name)} (mean of {_SMOOTH})"
+            title = f"{title} (mean of {_SMOOTH})"
         # One point is no line; many points have no room for markers.
-        look = style(i) if len(y) <= 2 * _SMOOTH else style(i) | {"marker": ""}
-        axes.plot(x, y, label=None if run_name in named else label(run_name), **look, lw=1)
-        named.add(run_name)
-    axes.set(title=title, xlabel="iteration", xlim=(0, None))
-    if named != {""}:
-        axes.legend()
+        look = style(0) if len(y) <= 2 * _SMOOTH else style(0) | {"marker": ""}
+        axes.plot(x, y, **look, lw=1)
+        axes.set(title=title, xlabel="iteration", xlim=(0, None))
+    for axes in panels.flat[len(names) :]:
+        axes.axis("off")
+    return figure
 
 
 def write_curves(folder: str | Path) -> None:
@@ -87,9 +94,8 @@ def write_curves(folder: str | Path) -> None:
     """
     file = Path(folder, "curves.png")
     try:
-        curves = read_curves(folder)
-        if curves:
-            figure = draw_curves([(0, "", curves)])
+        figure = draw_curves(read_training_log(folder))
+        if figure is not None:
             write_atomically(file, partial(figure.savefig, format="png", dpi=100))
             logger.info(f"Losses and AP of the training: {file}")
     except Exception as error:

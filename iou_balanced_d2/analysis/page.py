@@ -14,15 +14,21 @@ import numpy as np
 from tabulate import tabulate
 
 _STYLE = """
+:root { color-scheme: light dark; }
 body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+table { overflow-wrap: normal; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-p { max-width: 48rem; } img { max-width: 100%; height: auto; }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem; } .tiles figure { margin: 0; width: 20rem; }
+p { max-width: 48rem; }
+img { max-width: 100%; height: auto; background: #fff; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; }
+.tiles figure { margin: 0; width: 20rem; max-width: 100%; }
 figcaption { font-size: .85rem; color: #444; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; }
+       figcaption { color: #bbb; } a { color: #8ab4f8; } th, td { border-color: #444; } }
 """
 
 
@@ -117,6 +123,7 @@ class Page:
         body = "\n".join(self._html)
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{self._title}</title><style>{_STYLE}</style></head>\n"
             f"<body><h1>{self._title}</h1>\n{body}\n</body></html>\n"
         )

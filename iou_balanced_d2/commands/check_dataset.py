@@ -15,8 +15,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
+from ..config import loss_options
 from ..data import check_datasets
-from ..data.anchors import anchor_advice, anchor_recall
+from ..data.anchors import anchor_advice, anchor_recall, expected_w_loc
 from ..data.checks import LOW_RECALL
 from ..data.coco_format import REPAIRS
 from ..data.inspection import FATAL, PROBLEMS, Report, inspect
@@ -60,6 +61,9 @@ def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     share = anchor_recall(cfg, content)
     print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}", end="")
     print(f": too few; {anchor_advice(cfg, content)}" if share < LOW_RECALL else "")
+    options = loss_options(cfg)
+    if options.loc_lambda and not options.loc_weight and options.loc_weight_rule == "anchors":
+        print(f"w_loc to expect: {expected_w_loc(cfg, content):.2f} (the paper's: 2.34 and 3.05)")
 
 
 def draw(name: str, folder: str, most: int) -> None:

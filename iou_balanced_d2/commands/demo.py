@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.engine.defaults import DefaultPredictor
 from detectron2.structures import Instances
@@ -25,6 +26,7 @@ from ..data import known_classes, register_datasets_of
 from ..data.images import fault_of
 from ..data.inspection import PROBLEMS
 from ..engine import load_config
+from ..engine.checkpoint import RobustCheckpointer
 from ..engine.checks import check_weights
 from ..engine.config import choose_device
 from ..engine.rehearsal import check_build
@@ -115,6 +117,19 @@ def summary(num_boxes: int, best_score: float, threshold: float) -> str:
     return f"{text}: the best score is {best_score:.2f}, see --confidence-threshold"
 
 
+def load_predictor(cfg: CfgNode) -> DefaultPredictor:
+    """Build the model and load its weights.
+
+    Raises:
+        UserError: if the weights can't be read, or are not the whole model's.
+    """
+    without = cfg.clone()
+    without.MODEL.WEIGHTS = ""  # detectron2's predictor would run code that a file holds
+    predictor = DefaultPredictor(without)
+    RobustCheckpointer(predictor.model, strict=True).load(cfg.MODEL.WEIGHTS)
+    return predictor
+
+
 def run(args: argparse.Namespace) -> int:
     """Draw everything; 1 if files could not be read."""
     cfg = load_config(args.config_file, args.opts)
@@ -130,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
     # Warned of by detectron2's anchor generator; the user can't change it.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
-    predict = DefaultPredictor(cfg)
+    predict = load_predictor(cfg)
     register_datasets_of(cfg)
     names = known_classes(cfg)
     files = list(pictures_of(args.input, output))

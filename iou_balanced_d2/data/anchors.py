@@ -1,6 +1,7 @@
-"""Whether a detector's anchors can meet a data set's boxes, and what would help."""
+"""Whether a detector's anchors can meet a data set's boxes, what would help, and w_loc there."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
+from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
+from ..modeling import IoUBalancedRetinaNet
+
 _MOST_ASKED = 20_000  # boxes; a share of so many is right within one percent
+_W_LOC_IMAGES = 50  # as many give w_loc to some percent
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,44 @@ def scaled_boxes(
     new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     return xyxy * np.tile(new / old, 2), new
+
+
+def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
+    """The w_loc of eq. 4 that the rule "anchors" would measure, from a sample of the images.
+
+    Args:
+        cfg: config of a RetinaNet, with LOC_WEIGHT_RULE "anchors".
+        content: clean, see :func:`read_coco_json`.
+
+    Returns:
+        w_loc; NaN without any box.
+    """
+    with torch.device("meta"):
+        model = IoUBalancedRetinaNet(**IoUBalancedRetinaNet.from_config(cfg))
+    shapes = model.backbone.output_shape()
+    features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+    generator = build_anchor_generator(cfg, features)
+    objects = defaultdict(list)
+    for annotation in content["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+    images = [image for image in content["images"] if image["id"] in objects]
+    total = np.zeros(2)
+    for image in images[:: max(1, len(images) // _W_LOC_IMAGES)]:
+        own = {"images": [image], "annotations": objects[image["id"]]}
+        boxes, size = scaled_boxes(cfg, own, 1.0)
+        if not len(boxes):
+            continue
+        divisor = max(model.backbone.size_divisibility, 1)
+        padded = np.ceil(size[0, ::-1] / divisor) * divisor
+        cells = [np.ceil(padded / feature.stride).astype(int) for feature in features]
+        anchors = generator([torch.zeros(1, 1, *shape) for shape in cells])
+        gt = Instances(tuple(padded), gt_boxes=Boxes(torch.tensor(boxes).float()))
+        gt.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+        (labels,), (matched,) = model.label_anchors(anchors, [gt])
+        positive = labels == 0
+        pairs = Boxes.cat(anchors).tensor[positive], matched[positive]
+        total += [float(x) for x in model.iou_balanced_loss.sums_at_anchors(*pairs)]
+    return float(total[0] / total[1]) if total[1] else math.nan
 
 
 def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .formats import hint_for_folder, hint_for_json, hint_for_text
 
 # Above this COCOeval, which keeps ids in float64, takes two ids for one.
 _MAX_ID = 2**53
 _MAX_AREA = 1e10  # square pixels; COCO evaluates no object above it
 _MAX_BYTES = 2**31  # of an unpacked .json.gz
-_OTHER_FORMATS = "DATASETS.md names what converts other formats"
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {
@@ -81,11 +81,13 @@ def load_json(path: str) -> Any:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole gzip file: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+        hint = hint_for_folder(path)
+        raise UserError(f"{path}: can't be read: {error.strerror or error}{hint}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply to be annotations or detections") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a JSON file: {error}") from error
+        hint = hint_for_text(data[:1000])
+        raise UserError(f"{path}: not a JSON file: {error}{hint}") from error
 
 
 def read_coco_json(json_file: str) -> dict[str, Any]:
@@ -159,7 +161,9 @@ def _check_form(content: Any) -> None:
     for section, fields in _REQUIRED.items():
         rows = content.get(section) if isinstance(content, dict) else None
         if not isinstance(rows, list):
-            raise UserError(f"not in COCO format: it has no list {section!r} ({_OTHER_FORMATS})")
+            raise UserError(
+                f"not in COCO format: it has no list {section!r}{hint_for_json(content)}"
+            )
         for i, row in enumerate(rows):
             for field, allowed in fields.items():
                 if not isinstance(row, dict) or field not in row:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
+from ..files import read_yaml
 from .coco import CocoSource
 from .coco_format import clean_coco, load_json
 from .conversion import CACHE_FOLDER, Source
-from .voc import VocSource
-from .yolo import YoloSource, read_yaml
+from .formats import hint_for_folder
+from .voc import IMAGE_SUFFIXES, VocSource, parse_voc_xml, voc_content
+from .yolo import YoloSource
 
 # Where splits are kept that a set without any got; no data set of its own.
 SPLITS_FOLDER = "iou_balanced_splits"
@@ -58,8 +62,8 @@ def find_splits(folder: Path) -> dict[str, Split]:
     if not found:
         raise UserError(
             f"{folder}: neither COCO's layout (JSON files with images, annotations and categories) "
-            "nor VOC's (Annotations, ImageSets/Main, JPEGImages) nor YOLO's (data.yaml); "
-            "DATASETS.md names what converts other formats"
+            "nor VOC's (Annotations, JPEGImages) nor YOLO's (data.yaml); other formats are read by "
+            f"iou-balanced-d2 convert{hint_for_folder(str(folder))}"
         )
     if "train" not in found:
         raise UserError(f"{folder}: has a split {', '.join(found)}, but none to train on")
@@ -105,34 +109,56 @@ def _convert(key: str, place: list[str], source: Source) -> Split:
 
 
 def _yolo(folder: Path) -> dict[str, Split]:
-    file = folder / "data.yaml"
-    if not file.is_file():
-        return {}
-    content = read_yaml(str(file))
-    return {
-        split: _convert("YOLO_FOLDER", [str(file), name], YoloSource(str(file), name))
-        for name, split in (("train", "train"), ("val", "valid"), ("test", "test"))
-        if content.get(name)
-    }
+    for file in sorted(folder.glob("*.y*ml"), key=lambda f: f.name != "data.yaml"):
+        try:
+            content = read_yaml(file)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+            continue
+        if isinstance(content, dict) and {"names", "train"} <= content.keys():
+            return {
+                split: _convert("YOLO_FOLDER", [str(file), name], YoloSource(str(file), name))
+                for name, split in (("train", "train"), ("val", "valid"), ("test", "test"))
+                if content.get(name)
+            }
+    return {}
 
 
 def _voc(folder: Path) -> dict[str, Split]:
+    if not ((folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()):
+        return {}
     lists = {path.stem for path in folder.glob("ImageSets/Main/*.txt")}
-    names = {"train": ("train", "trainval"), "valid": ("val", "valid"), "test": ("test",)}
-    chosen = {k: next((n for n in v if n in lists), None) for k, v in names.items()}
+    chosen = {
+        split: next((name for name in names if name in lists), None)
+        for split, names in {
+            "train": ("train", "trainval"), "valid": ("val", "valid"), "test": ("test",),
+        }.items()
+    }  # fmt: skip
+    if not chosen["train"]:
+        return {"train": _voc_without_lists(folder)}
     return {
-        split: _convert("VOC_FOLDER", [str(folder), n], VocSource(str(folder), (("", n),), None))
-        for split, n in chosen.items()
-        if n
+        split: _convert(
+            "VOC_FOLDER", [str(folder), name], VocSource(str(folder), (("", name),), None)
+        )
+        for split, name in chosen.items()
+        if name
     }
+
+
+def _voc_without_lists(folder: Path) -> Split:
+    """All photos that have an annotation; as COCO's content, since no list can be named."""
+    images = {p.stem: p for p in (folder / "JPEGImages").iterdir() if p.suffix in IMAGE_SUFFIXES}
+    scenes = [
+        (str(xml), f"JPEGImages/{images[xml.stem].name}", parse_voc_xml(str(xml), xml.read_bytes()))
+        for xml in sorted((folder / "Annotations").glob("*.xml"))
+        if xml.stem in images
+    ]
+    classes = sorted({name for *_, scene in scenes for name, _, _ in scene.objects})
+    return Split("", [], clean_coco(voc_content(scenes, classes)), str(folder))
 
 
 def _coco(folder: Path) -> dict[str, Split]:
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    folders = list(_walk(folder))
-    for file in (path / name for path, names in folders for name in sorted(names)):
-        if file.suffix.lower() != ".json":
-            continue
+    for file in _files(folder, ".json"):
         content = load_json(str(file))
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
             split = _split_of(file.stem) or _split_of(file.parent.relative_to(folder).as_posix())
@@ -144,10 +170,15 @@ def _coco(folder: Path) -> dict[str, Split]:
         if len(files) > 1:
             names = " and ".join(str(file) for file, _ in files[:2])
             raise UserError(f"{names}: both could be the {split} split; move one of them away")
-        file, content = files[0]
-        root = _image_root([file.parent, *(path for path, _ in folders)], file, content)
+        (file, content) = files[0]
+        root = _image_root(folder, file, content)
         splits[split] = _convert("COCO_JSON", [str(file), root], CocoSource(str(file), root))
     return splits
+
+
+def _files(folder: Path, suffix: str) -> Iterator[Path]:
+    for path, names in _walk(folder):
+        yield from (path / name for name in sorted(names) if name.lower().endswith(suffix))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -159,15 +190,15 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(path), files
 
 
-def _image_root(folders: list[Path], file: Path, content: dict[str, Any]) -> str:
-    """The first of the folders that has the images of a COCO file."""
+def _image_root(folder: Path, file: Path, content: dict[str, Any]) -> str:
+    """The folder that has the images of a COCO file: that beside it, or one of the data set's."""
     images = [i for i in content["images"] if isinstance(i, dict) and i.get("file_name")]
     names = [str(image["file_name"]).replace("\\", "/") for image in (images[:1] + images[-1:])]
-    for root in folders:
+    for root in (file.parent, *(path for path, _ in _walk(folder))):
         if names and all((root / name).is_file() for name in names):
             return str(root)
     shown = names[0] if names else "no image"
-    raise UserError(f"{file}: its images ({shown}, ...) are in no folder below {folders[1]}")
+    raise UserError(f"{file}: its images ({shown}, ...) are in no folder below {folder}")
 
 
 def dataset_name(folder: Path, split: str) -> str:

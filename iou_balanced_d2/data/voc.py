@@ -15,7 +15,7 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .conversion import (
     source_digest,
     stamp,
 )
+from .formats import hint_for_folder
 from .images import IMAGE_SUFFIXES
 
 VOC_CLASSES = (
@@ -101,19 +102,11 @@ class VocSource:
         classes = self.classes or sorted({o[0] for scene in read for o in scene.objects})
         if not classes:
             raise UserError(f"{self.path}: no object in any annotation")
-        ids = {name: i for i, name in enumerate(classes)}
         scenes = dict(zip(xmls, read, strict=True))
-        images = []
-        for xml, image in self._entries():
-            scene, objects = scenes[xml], []
-            for name, corners, difficult in scene.objects:
-                if name not in ids:
-                    path = os.path.join(self.path, xml)
-                    raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
-                fields = {"ignore": 0, "difficult": difficult}
-                objects.append((ids[name], _xywh(corners), fields))
-            images.append((image, scene.width, scene.height, objects))
-        return coco_content(classes, images)
+        return voc_content(
+            [(os.path.join(self.path, xml), image, scenes[xml]) for xml, image in self._entries()],
+            classes,
+        )
 
     def _entries(self) -> list[tuple[str, str]]:
         """(annotation, image) of each image of the splits, relative to the folder."""
@@ -136,9 +129,11 @@ def _list_folder(path: str) -> list[str]:
         # ("._photo.jpg" is what macOS leaves beside "photo.jpg" on foreign disks.)
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
+        hint = hint_for_folder(os.path.dirname(path)) or (
+            " (VOC itself is looked for in $DETECTRON2_DATASETS)"
+        )
         raise UserError(
-            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages "
-            "(VOC itself is looked for in $DETECTRON2_DATASETS)"
+            f"{path}: not found; VOC's layout is Annotations, ImageSets/Main and JPEGImages{hint}"
         ) from error
 
 
@@ -234,6 +229,31 @@ def _number(element: ET.Element, tag: str, path: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{path}: <{tag}> must be a number, got {text!r}")
     return int(value) if value.is_integer() else value
+
+
+def voc_content(
+    scenes: Iterable[tuple[str, str, VocImage]], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Annotated images in COCO's format, with ``difficult``.
+
+    Args:
+        scenes: the annotation file, which errors name, the image's file name, and what
+            :func:`parse_voc_xml` gave.
+        classes: in their order.
+
+    Raises:
+        UserError: if an object is of another class.
+    """
+    ids = {name: i for i, name in enumerate(classes)}
+    images = []
+    for path, image, scene in scenes:
+        objects = []
+        for name, corners, difficult in scene.objects:
+            if name not in ids:
+                raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
+            objects.append((ids[name], _xywh(corners), {"ignore": 0, "difficult": difficult}))
+        images.append((image, scene.width, scene.height, objects))
+    return coco_content(classes, images)
 
 
 def _xywh(corners: list[float]) -> list[float]:

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from ..errors import UserError
+from ..files import read_yaml
 from . import images
 from .conversion import (
     coco_content,
@@ -30,6 +31,7 @@ from .conversion import (
     source_digest,
     stamp,
 )
+from .formats import hint_for_folder
 from .images import IMAGE_SUFFIXES, shown_size
 
 _CODE = source_digest(__file__, images.__file__)
@@ -63,7 +65,7 @@ class YoloSource:
 
     def convert(self) -> dict[str, Any]:
         """The boxes in COCO's format."""
-        data = read_yaml(self.path)
+        data = read_data_yaml(self.path)
         names = class_names_of(data, self.path)
         read_image = partial(_read_image, len(names), _keypoint_numbers(data, self.path))
         images = self._images()
@@ -72,7 +74,7 @@ class YoloSource:
         return coco_content(names, [(file, *x) for file, x in zip(files, read, strict=True)])
 
     def _images(self) -> list[str]:
-        return images_of(read_yaml(self.path), self.path, self.split)
+        return images_of(read_data_yaml(self.path), self.path, self.split)
 
 
 def register_yolo_folder(name: str, path: str, split: str) -> None:
@@ -92,14 +94,17 @@ def register_yolo_folder(name: str, path: str, split: str) -> None:
     register_converted(name, YoloSource(file, split), key="DATASETS.YOLO_FOLDER")
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_data_yaml(path: str) -> dict[str, Any]:
     """The content of a data.yaml.
 
     Raises:
         UserError: if it can't be read, or has no keys.
     """
     try:
-        content = yaml.safe_load(read_text(path))
+        content = read_yaml(path)
+    except OSError as error:
+        hint = hint_for_folder(path if os.path.isdir(path) else os.path.dirname(path))
+        raise UserError(f"{path}: can't be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

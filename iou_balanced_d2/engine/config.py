@@ -1,7 +1,6 @@
 """From a config file and KEY VALUE options to a config; errors name file, key and value."""
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_iou_balanced_config
 from ..errors import UserError
-
-_MOST_VALUES = 100_000  # of a config file; detectron2's have some hundred
+from ..files import read_yaml
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -107,28 +105,15 @@ def _check_size(path: str, *above: str) -> None:
     """Refuse a file that takes forever to read, or whose _BASE_ does.
 
     Raises:
-        ValueError: saying why.
+        ValueError, yaml.YAMLError: saying why.
     """
     if os.path.realpath(path) in above:
         raise ValueError(f"its _BASE_ {path!r} leads back to itself")
-    with open(path, encoding="utf-8") as f:
-        root = yaml.compose(f, yaml.SafeLoader)
-    if root and _num_values(root, {}) > _MOST_VALUES:
-        raise ValueError(f"{path!r} has over {_MOST_VALUES} values, as its aliases (*) repeat them")
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if key.value == "_BASE_" and isinstance(value.value, str) and "://" not in value.value:
-            base = os.path.join(os.path.dirname(path), os.path.expanduser(value.value))
-            _check_size(base, os.path.realpath(path), *above)
-
-
-def _num_values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """The number of values of a tree whose branches may be one another; infinite in a circle."""
-    if node not in known:
-        known[node] = math.inf
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        flat = [x for child in children for x in (child if isinstance(child, tuple) else (child,))]
-        known[node] = 1 + sum(_num_values(x, known) for x in flat)
-    return known[node]
+    content = read_yaml(path)
+    base = content.get("_BASE_") if isinstance(content, dict) else None
+    if isinstance(base, str) and "://" not in base:
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        _check_size(base, os.path.realpath(path), *above)
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

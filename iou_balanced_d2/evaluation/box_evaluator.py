@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..data.voc import check_difficult_policy
 from ..errors import UserError
-from .coco_eval import (
-    available_implementations,
-    choose_implementation,
-    evaluate_boxes,
-    prepare_ground_truth,
-)
 from .detections import make_detections, read_ground_truth
+from .matching import evaluate_boxes, num_objects
 from .metrics import (
     IOU_PERCENT,
     class_table,
@@ -41,10 +36,10 @@ def metric_names(dataset_name: str) -> list[str]:
     """
     metadata = MetadataCatalog.get(dataset_name)
     classes, thresholds = metadata.get("thing_classes", []), len(IOU_PERCENT)
-    undefined = np.full((thresholds, 1, len(classes), 4, 3), -1.0)
-    names = [f"bbox/{name}" for name in coco_metrics(undefined, undefined[:, 0], classes)]
+    undefined = np.full((thresholds, len(classes), 4, 3), np.nan)
+    names = [f"bbox/{name}" for name in coco_metrics(undefined[..., 0], undefined, classes)]
     if metadata.get("voc_style"):
-        nothing = np.full((thresholds, len(classes)), np.nan)
+        nothing = undefined[..., 0, 0]
         names += [f"voc/{name}" for name in voc_metrics(VocAP(nothing, nothing), classes)]
     return names
 
@@ -64,7 +59,6 @@ class BoxEvaluator(COCOEvaluator):
         *,
         distributed: bool = True,
         difficult: str = "ignore",
-        implementation: str | None = None,
         max_dets_per_image: int | None = None,
     ):
         """Read the ground truth.
@@ -74,40 +68,31 @@ class BoxEvaluator(COCOEvaluator):
             output_dir: folder for ``coco_instances_results.json``; needed for data sets whose
                 metadata has no ``json_file``, as they are converted.
             distributed: gather the detections of all processes.
-            difficult: what becomes of objects with "difficult" set: "ignore", "count" or "drop",
-                see :func:`prepare_ground_truth`.
-            implementation: "detectron2", "faster-coco-eval" or "pycocotools"; None for the first
-                of them that is there.
+            difficult: what becomes of objects with "difficult" set, see
+                :func:`~iou_balanced_d2.evaluation.detections.read_ground_truth`.
             max_dets_per_image: limit of detections an image; None is COCO's 100.
 
         Raises:
-            UserError: if the policy for difficult objects or the implementation is not there.
+            UserError: if the policy for difficult objects is not known, or the data set's file is
+                broken.
         """
         check_difficult_policy(difficult)
-        found = available_implementations()
-        if implementation is not None and implementation not in found:
-            raise UserError(f"implementation {implementation!r} is not one of {', '.join(found)}")
         super().__init__(
             dataset_name,
             tasks=("bbox",),
             distributed=distributed,
             output_dir=output_dir,
             max_dets_per_image=max_dets_per_image,
-            use_fast_impl=False,  # chosen here
+            use_fast_impl=False,  # neither of detectron2's two is used
             allow_cached_coco=False,  # the data set may have changed since
         )
         self._logger = logging.getLogger(__name__)
-        self._difficult = difficult
         if self._do_evaluation:
-            prepare_ground_truth(self._coco_api, difficult)
-            implementation = implementation or choose_implementation(self._coco_api)
-        self._implementation = implementation
+            json_file = PathManager.get_local_path(self._metadata.json_file)
+            self._ground_truth = read_ground_truth(json_file, difficult)
 
-    def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """Gather the detections, write them and compute the metrics.
-
-        Args:
-            img_ids: the images to evaluate; None for all.
 
         Returns:
             "bbox" -> metrics of :func:`coco_metrics`, and "voc" -> those of :func:`voc_metrics`
@@ -116,31 +101,35 @@ class BoxEvaluator(COCOEvaluator):
         if not self._predictions and (comm.is_main_process() or not self._distributed):
             # Nothing found in no image is a result, too: detectron2 would return {}.
             self._predictions.append({"image_id": None, "instances": []})
-        results: dict[str, dict[str, float]] = super().evaluate(img_ids)
+        results: dict[str, dict[str, float]] = super().evaluate()
         return results
 
-    def _eval_predictions(
-        self, predictions: Iterable[dict[str, Any]], img_ids: Sequence[Any] | None = None
-    ) -> None:
+    def _eval_predictions(self, predictions: Iterable[dict[str, Any]], img_ids: None) -> None:
         """Fill the results; called by :meth:`evaluate` on the main process."""
-        results = [d for prediction in predictions for d in prediction["instances"]]
-        self._use_dataset_ids(results)
+        rows = [d for prediction in predictions for d in prediction["instances"]]
+        self._use_dataset_ids(rows)
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             with PathManager.open(path, "w") as f:
-                json.dump(results, f)
-            self._logger.info(f"{len(results)} detections written to {path}")
+                json.dump(rows, f)
+            self._logger.info(f"{len(rows)} detections written to {path}")
         if not self._do_evaluation:
             self._logger.info("Not evaluated: the data set has no annotations")
             return
-        names = [self._coco_api.cats[i]["name"] for i in sorted(self._coco_api.cats)]
-        self._results["bbox"] = self._coco_metrics(results, names, img_ids)
+        truth, limits = self._ground_truth, self._max_dets_per_image
+        self._logger.info(f"Evaluating {len(rows)} boxes ...")
+        found = make_detections(rows, truth, "detections", limit=limits[-1])
+        counts = evaluate_boxes(truth, found, limits)
+        metrics = coco_metrics(**counts, class_names=truth.classes, max_dets=limits)
+        self._logger.info(f"Boxes over IoU thresholds:\n{threshold_table(counts['ap'])}")
+        self._logger.info(f"Average recall:\n{recall_table(metrics)}")
+        numbers = num_objects(truth).tolist()
+        self._logger.info(f"By class:\n{class_table(counts['ap'], truth.classes, numbers)}")
+        self._results["bbox"] = metrics
         if self._metadata.get("voc_style"):
-            truth = read_ground_truth(self._metadata.json_file, self._difficult)
-            found = make_detections(results, truth, "detections", limit=None)
-            self._results["voc"] = voc_metrics(
-                voc_average_precision(truth, found, img_ids=img_ids), names
-            )
+            every_one = make_detections(rows, truth, "detections", limit=None)
+            ap = voc_average_precision(truth, every_one)
+            self._results["voc"] = voc_metrics(ap, truth.classes)
             self._logger.info("By VOC's rules:\n" + voc_table(self._results["voc"]))
 
     def _use_dataset_ids(self, results: list[dict[str, Any]]) -> None:
@@ -162,31 +151,3 @@ class BoxEvaluator(COCOEvaluator):
             )
         for detection in results:
             detection["category_id"] = to_id[detection["category_id"]]
-
-    def _coco_metrics(
-        self, results: list[dict[str, Any]], names: Sequence[str], img_ids: Sequence[Any] | None
-    ) -> dict[str, float]:
-        """Compute and log COCO's metrics."""
-        self._logger.info(f"Evaluating {len(results)} boxes with {self._implementation} ...")
-        counts = evaluate_boxes(
-            self._coco_api,
-            results,
-            implementation=self._implementation,
-            max_dets=self._max_dets_per_image,
-            img_ids=img_ids,
-        )
-        precision, recall = counts["precision"], counts["recall"]
-        metrics = coco_metrics(precision, recall, names, self._max_dets_per_image)
-        self._logger.info(f"Boxes over IoU thresholds:\n{threshold_table(precision)}")
-        self._logger.info(f"Average recall:\n{recall_table(metrics)}")
-        self._logger.info(f"By class:\n{class_table(precision, names, self._num_objects(img_ids))}")
-        return metrics
-
-    def _num_objects(self, img_ids: Sequence[Any] | None) -> list[int]:
-        """Number of objects to find of each class."""
-        images = set(self._coco_api.imgs if img_ids is None else img_ids)
-        numbers = dict.fromkeys(sorted(self._coco_api.cats), 0)
-        for a in self._coco_api.dataset["annotations"]:
-            if a["image_id"] in images and not (a["iscrowd"] or a.get("difficult")):
-                numbers[a["category_id"]] += 1
-        return list(numbers.values())

@@ -179,9 +179,9 @@ def counted_objects(ground_truth: GroundTruth, area: str = "all") -> Array:
     return ~ground_truth.ignored & _in_range(ground_truth.areas, area)
 
 
-def num_objects(ground_truth: GroundTruth) -> Array:
-    """Number of objects to find of each class, (K,) int64."""
-    label = ground_truth.label[counted_objects(ground_truth)]
+def num_objects(ground_truth: GroundTruth, area: str = "all") -> Array:
+    """Number of objects to find of each class, (K,) int64; see :func:`counted_objects`."""
+    label = ground_truth.label[counted_objects(ground_truth, area)]
     return np.bincount(label, minlength=len(ground_truth.classes))
 
 
@@ -207,3 +207,67 @@ def average_precision(right: Array, num_objects: int) -> float:
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     places = np.searchsorted(hits / num_objects, RECALLS, side="left")
     return float(envelope[places].mean())
+
+
+def class_aps(
+    ground_truth: GroundTruth,
+    detections: Detections,
+    outcome: Array,
+    *,
+    area: str = "all",
+    right_first: bool = False,
+) -> Array:
+    """AP of each threshold and class.
+
+    Args:
+        ground_truth: the objects.
+        detections: the detections.
+        outcome: (T, D) of :func:`match` in that range of area.
+        area: a key of :data:`AREA_RANGES`.
+        right_first: as if every right detection had a higher score than every wrong one.
+
+    Returns:
+        (T, K) float64 in [0, 1]; NaN for classes without objects.
+    """
+    numbers = num_objects(ground_truth, area)
+    aps = np.full((len(outcome), len(numbers)), np.nan)
+    for k in np.flatnonzero(numbers).tolist():
+        # A class is one run of rows, in the order of images; as COCO, equal scores stay in it.
+        rows = detections.of_class(k)
+        order = np.argsort(-detections.scores[rows], kind="stable")
+        for t, of_class in enumerate(outcome[:, rows]):
+            counted = of_class[order]
+            right = counted[counted != IGNORED] == RIGHT
+            ranked = np.sort(right)[::-1] if right_first else right
+            aps[t, k] = average_precision(ranked, numbers[k])
+    return aps
+
+
+def evaluate_boxes(
+    ground_truth: GroundTruth, detections: Detections, max_dets: Sequence[int] = (1, 10, 100)
+) -> dict[str, Array]:
+    """COCO's AP and average recall, all that :func:`coco_metrics` needs.
+
+    Args:
+        ground_truth: the objects.
+        detections: the detections, at most the last of the limits of an image and class.
+        max_dets: M limits of detections an image and class, rising; the last one is AP's.
+
+    Returns:
+        "ap" (T, K, A) and "recall" (T, K, A, M) in [0, 1], for the thresholds .50 to .95 and the
+        ranges of :data:`AREA_RANGES`; NaN for classes without objects.
+    """
+    pairs = find_pairs(ground_truth, detections)
+    ap, recall = [], []
+    for area in AREA_RANGES:
+        outcome, _ = match(ground_truth, detections, pairs, area=area)
+        ap.append(class_aps(ground_truth, detections, outcome, area=area))
+        number = num_objects(ground_truth, area)
+        right = [[(o == RIGHT) & (detections.rank < m) for m in max_dets] for o in outcome]
+        hits = [
+            [np.bincount(detections.label[r], minlength=len(number)) for r in of_threshold]
+            for of_threshold in right
+        ]
+        share = np.array(hits) / np.where(number, number, np.nan)  # (T, M, K)
+        recall.append(share.swapaxes(1, 2))
+    return {"ap": np.stack(ap, axis=2), "recall": np.stack(recall, axis=2)}

@@ -1,4 +1,7 @@
-"""Named numbers and tables from accumulated precision and recall."""
+"""Named numbers and tables from AP and recall.
+
+Letters: T IoU thresholds, K classes, A ranges of area, M limits of detections.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+Array = NDArray[Any]
+
 # COCO's thresholds, by its own expression, and in hundredths, as the metrics' names have them.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 IOU_PERCENT = tuple(range(50, 100, 5))
@@ -14,15 +19,12 @@ AREAS = {"s": "small", "m": "medium", "l": "large"}
 
 
 def coco_metrics(
-    precision: NDArray[Any],
-    recall: NDArray[Any],
-    class_names: Sequence[str],
-    max_dets: Sequence[int] = (1, 10, 100),
+    ap: Array, recall: Array, class_names: Sequence[str], max_dets: Sequence[int] = (1, 10, 100)
 ) -> dict[str, float]:
     """AP and AR by their names, in percent; NaN where there is no object to find.
 
     Args:
-        precision: (T, R, K, A, M), -1 for undefined; see :func:`evaluate_boxes`.
+        ap: (T, K, A), NaN for undefined; see :func:`evaluate_boxes`.
         recall: (T, K, A, M), likewise.
         class_names: K names.
         max_dets: M limits of detections an image.
@@ -31,36 +33,33 @@ def coco_metrics(
         in this order: AP, AP50, AP55, ... AP95, APs, APm, APl, AR1, AR10, AR100 (named after the
         limits), ARs, ARm, ARl, and AP-<class> for each class.
     """
-    overall = precision[..., 0, -1]
+    overall = ap[..., 0]
     metrics = {"AP": percent(overall)}
     metrics |= {f"AP{t}": percent(overall[i]) for i, t in enumerate(IOU_PERCENT)}
-    metrics |= {f"AP{a}": percent(precision[..., i, -1]) for i, a in enumerate(AREAS, start=1)}
+    metrics |= {f"AP{a}": percent(ap[..., i]) for i, a in enumerate(AREAS, start=1)}
     metrics |= {f"AR{m}": percent(recall[..., 0, i]) for i, m in enumerate(max_dets)}
     metrics |= {f"AR{a}": percent(recall[..., i, -1]) for i, a in enumerate(AREAS, start=1)}
-    metrics |= {f"AP-{name}": percent(overall[:, :, k]) for k, name in enumerate(class_names)}
+    metrics |= {f"AP-{name}": percent(overall[:, k]) for k, name in enumerate(class_names)}
     return metrics
 
 
-def percent(values: NDArray[Any]) -> float:
-    """Mean of the defined values (not -1) times 100; NaN if there are none."""
-    defined = values[values > -1]
+def percent(values: Array) -> float:
+    """Mean of the defined values (not NaN) times 100; NaN if there are none."""
+    defined = values[~np.isnan(values)]
     return float(100 * defined.mean()) if defined.size else float("nan")
 
 
-def threshold_table(precision: NDArray[Any]) -> str:
+def threshold_table(ap: Array) -> str:
     """AP over IoU thresholds, for all objects and for each range of area."""
-    parts = {name: precision[..., i, -1] for i, name in enumerate(("all", *AREAS.values()))}
+    parts = {name: ap[..., i] for i, name in enumerate(("all", *AREAS.values()))}
     rows = [[name, percent(p), *map(percent, p)] for name, p in parts.items()]
     return _table(rows, ["AP of objects", ".50:.95", *(f".{t}" for t in IOU_PERCENT)])
 
 
-def class_table(
-    precision: NDArray[Any], class_names: Sequence[str], num_objects: Sequence[int]
-) -> str:
+def class_table(ap: Array, class_names: Sequence[str], num_objects: Sequence[int]) -> str:
     """One row a class: how many objects there are, and AP at the usual thresholds."""
-    overall = precision[..., 0, -1]
     rows = [
-        [name, n, percent(overall[:, :, k]), *(percent(overall[i, :, k]) for i in (0, 5, 8))]
+        [name, n, percent(ap[:, k, 0]), *(100 * ap[[0, 5, 8], k, 0])]
         for k, (name, n) in enumerate(zip(class_names, num_objects, strict=True))
     ]
     return _table(rows, ["class", "objects", "AP", "AP50", "AP75", "AP90"])

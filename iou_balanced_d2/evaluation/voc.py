@@ -9,14 +9,14 @@ hence its +1; converted to COCO form they are the same boxes with the same IoU.)
 Letters: T IoU thresholds, K classes, D detections and G objects of one class.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .detections import Detections, GroundTruth
-from .matching import find_pairs
+from .matching import find_pairs, num_objects
 from .metrics import IOU_PERCENT, IOU_THRESHOLDS
 
 Array = NDArray[Any]
@@ -40,7 +40,6 @@ def voc_average_precision(
     ground_truth: GroundTruth,
     detections: Detections,
     *,
-    img_ids: Collection[Any] | None = None,
     iou_thresholds: Sequence[float] | Array = IOU_THRESHOLDS,
 ) -> VocAP:
     """AP of each class at each threshold.
@@ -48,21 +47,15 @@ def voc_average_precision(
     Args:
         ground_truth: the objects; difficult ones are ignored if they are so here.
         detections: all there are; those of equal score count in the order of the images.
-        img_ids: the images to evaluate; None for all.
         iou_thresholds: T thresholds; an IoU equal to one reaches it.
 
     Returns:
         AP by threshold and class.
     """
-    chosen = np.array(
-        [img_ids is None or image["id"] in img_ids for image in ground_truth.images], bool
-    )
     iou, claimed = _claims(ground_truth, detections)
     ap = np.full((2, len(iou_thresholds), len(ground_truth.classes)), np.nan)
-    to_find = ground_truth.label[chosen[ground_truth.image] & ~ground_truth.ignored]
-    for k, number in enumerate(np.bincount(to_find, minlength=ap.shape[2])):
+    for k, number in enumerate(num_objects(ground_truth)):
         rows = np.arange(len(detections))[detections.of_class(k)]
-        rows = rows[chosen[detections.image[rows]]]
         rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
         for t, threshold in enumerate(iou_thresholds if number else ()):
             reached = iou[rows] >= threshold

@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..engine import load_config
 from ..errors import UserError
+from ..files import read_yaml
 from ..losses import LossOptions
 
 Settings = dict[str, Any]  # config key -> value
@@ -86,10 +87,10 @@ def load_protocol(path: str, *, data: str = ".", weights: str = "") -> Protocol:
         UserError: naming the file and the entry.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise UserError(f"protocol {path}: can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"protocol {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"protocol {path}: expected a mapping")

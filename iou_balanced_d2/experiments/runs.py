@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from ..analysis.training_log import read_training_log
+from ..analysis.curves import read_training_log
 from ..errors import UserError
 from ..files import write_text
 from .protocol import Settings

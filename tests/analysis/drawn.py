@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 
-from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
-
+from ..evaluation.by_pycocotools import prepare_ground_truth
 from ..evaluation.synthetic import coco_of, detections_of
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from iou_balanced_d2.analysis.training_log import read_training_log
+from iou_balanced_d2.analysis.curves import read_training_log
 
 
 def test_the_later_value_of_an_iteration_counts(tmp_path):

@@ -199,10 +199,23 @@ def test_what_cant_be_understood_is_refused_with_its_place(content, tmp_path, ch
     assert len(str(caught.value)) < 300 + len(str(path))
 
 
-@pytest.mark.parametrize("other", [[{"image_id": 1, "score": 0.5}], {"shapes": []}, [], 3])
-def test_other_formats_are_refused(other):
-    with pytest.raises(UserError, match=r"it has no list 'images' .*DATASETS\.md names what"):
+@pytest.mark.parametrize(
+    ("other", "hint"),
+    [
+        ([{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}], "these are detections"),
+        ({"shapes": [], "imagePath": "1.png"}, "convert_dataset.py labelme FOLDER"),
+        ([{"data": {}, "annotations": []}], "Label Studio"),
+        ({"_via_img_metadata": {}}, "convert_dataset.py via FILE"),
+        ({"a.jpg12": {"filename": "a.jpg", "regions": []}}, "convert_dataset.py via FILE"),
+        ({"categories": {}, "items": []}, "Datumaro"),
+        ([], ""),
+        (3, ""),
+    ],
+)
+def test_other_formats_are_recognised(other, hint):
+    with pytest.raises(UserError, match="not in COCO format: it has no list 'images'") as caught:
         clean_coco(other)
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_anchor_generator, build_backbone
-from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou
+from detectron2.modeling import build_anchor_generator, build_backbone, build_model
+from detectron2.structures import Boxes, BoxMode, ImageList, Instances, pairwise_iou
 
 from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.data.anchors import (
     AnchorGrid,
     anchor_recall,
     best_anchor_iou,
+    expected_w_loc,
     scaled_boxes,
 )
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
@@ -339,3 +341,39 @@ def test_an_image_of_which_resizing_leaves_nothing_is_named():
     sizes = ((1, 100000), (100000, 1), (10, 1000))
     images = [{"file_name": f"{w}.png", "width": w, "height": h} for w, h in sizes]
     assert strips(cfg, {"images": images}) == ["1.png: 1x100000", "100000.png: 100000x1"]
+
+
+def test_w_loc_to_expect_is_that_of_the_paper_at_the_anchors(own_data):
+    """By detectron2's labels, and eq. 4's sums in NumPy."""
+    rng = np.random.default_rng(1)
+    images = [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 160} for i in range(3)]
+    boxes = [[*rng.uniform(0, 80, 2).tolist(), *rng.uniform(20, 80, 2).tolist()] for _ in range(9)]
+    annotations = [
+        {"id": i, "image_id": i % 3, "category_id": 1, "bbox": box, "area": 1, "iscrowd": 0}
+        for i, box in enumerate(boxes)
+    ]
+    cfg, _ = config_of(own_data, "INPUT.MIN_SIZE_TRAIN", "(160,)")
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RetinaNet", "cpu"
+    model = build_model(cfg)
+    anchors = model.anchor_generator([torch.zeros(1, 1, -(-160 // s), -(-224 // s))
+                                      for s in (8, 16, 32, 64, 128)])  # fmt: skip
+    flat, loss, balanced = Boxes.cat(anchors).tensor.double().numpy(), 0.0, 0.0
+    for i in range(3):
+        own = BoxMode.convert(np.array(boxes[i::3]), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        gt = Instances((160, 200), gt_boxes=Boxes(own), gt_classes=torch.zeros(3).long())
+        (labels,), (matched,) = model.label_anchors(anchors, [gt])
+        at = (labels == 0).numpy()
+        a, g = flat[at], matched.double().numpy()[at]
+        size, gt_size = a[:, 2:] - a[:, :2], g[:, 2:] - g[:, :2]
+        centre = (a[:, :2] + a[:, 2:] - g[:, :2] - g[:, 2:]) / 2 / size
+        x = np.abs(np.concatenate([centre, np.log(gt_size / size)], axis=1))
+        beta = cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA
+        smooth = np.where(x < beta, x**2 / 2 / beta, x - beta / 2).sum(axis=1)
+        common = np.minimum(a[:, 2:], g[:, 2:]) - np.maximum(a[:, :2], g[:, :2])
+        common = common.clip(0).prod(axis=1)
+        iou = common / (size.prod(axis=1) + gt_size.prod(axis=1) - common)
+        loss, balanced = loss + smooth.sum(), balanced + (iou**1.5 * smooth).sum()
+    cfg.MODEL.IOU_BALANCED.LOC_LAMBDA = 1.5
+    found = expected_w_loc(cfg, {"images": images, "annotations": annotations})
+    assert found == pytest.approx(loss / balanced, rel=1e-5)
+    assert math.isnan(expected_w_loc(cfg, {"images": images, "annotations": []}))

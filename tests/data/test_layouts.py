@@ -101,6 +101,13 @@ def test_voc(photos):
     check_boxes(splits)
 
 
+def test_voc_without_lists(photos):
+    write_voc(photos, {})
+    splits = find_splits(photos)
+    assert sizes(splits) == {"train": 4}
+    check_boxes(splits)
+
+
 def test_yolo(photos):
     write_yolo(photos, ["train", "val"])
     splits = find_splits(photos)

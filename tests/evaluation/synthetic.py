@@ -9,9 +9,10 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
-from iou_balanced_d2.evaluation.coco_eval import prepare_ground_truth
 from iou_balanced_d2.evaluation.detections import make_detections, read_ground_truth
 from iou_balanced_d2.evaluation.matching import IGNORED, RIGHT, WRONG
+
+from .by_pycocotools import prepare_ground_truth
 
 
 def coco_of(annotations, *, num_images=1, num_classes=1, difficult="ignore"):

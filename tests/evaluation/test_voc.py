@@ -115,13 +115,6 @@ def test_nothing_found_and_nothing_there():
     assert np.isnan(list(metrics.values())).all()
 
 
-def test_only_the_images_asked_for():
-    coco = coco_of([(1, 1, BOX, {}), (2, 1, BOX, {})], num_images=2)
-    detections = detections_of([(1, 1, BOX, 0.9)])
-    assert voc_ap_of(coco, detections).area[0, 0] == 0.5
-    assert voc_ap_of(coco, detections, img_ids=[1]).area[0, 0] == 1
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_against_detectron2(tmp_path, seed):
     """Its voc_eval reads whole pixels from XML and boxes from text: given whole pixels here."""

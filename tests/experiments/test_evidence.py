@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from iou_balanced_d2.errors import UserError
-from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 from iou_balanced_d2.experiments.evidence import digest, record_of, write_record
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.protocol import load_protocol
 from iou_balanced_d2.experiments.runs import Run
 
 from ..analysis.drawn import draw_detections, draw_truth, write_run
+from ..evaluation.by_pycocotools import metrics_by_pycocotools
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +39,7 @@ def finished(tmp_path):
         "command": [str(tmp_path)], "versions": {"torch": "2"}, "hardware": {"gpu": None},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record))
-    arrays = evaluate_boxes(coco, detections, implementation="pycocotools")
-    names = [c["name"] for c in coco.dataset["categories"]]
-    return folder, coco_metrics(**arrays, class_names=names)
+    return folder, metrics_by_pycocotools(coco, detections)
 
 
 def test_the_record_holds_what_the_evaluator_finds_and_no_path(finished, tmp_path):

@@ -144,7 +144,7 @@ def test_vgg16_from_imagenet_is_decimated_to_fc6_and_fc7():
     }
     converted = convert_vgg16(state)
     names = {f"backbone.bottom_up.{name}" for name in vgg.state_dict()}
-    assert set(converted) == names - {"backbone.bottom_up.conv4_3_norm.scale"}
+    assert set(converted) == names - {"backbone.bottom_up.conv4_3_scale"}
     fc6 = converted["backbone.bottom_up.fc6.weight"]
     assert fc6.shape == (1024, 512, 3, 3)
     first_layer = state["classifier.0.weight"]
@@ -166,8 +166,8 @@ def test_model_weights_take_a_vgg16_file(tmp_path, ours, caplog):
     torch.save(state, tmp_path / "vgg16.pth")
     model = copy.deepcopy(ours)
     DetectionCheckpointer(model).load(str(tmp_path / "vgg16.pth"))
-    assert model.backbone.bottom_up.conv1_1.weight.equal(state["features.0.weight"])
-    assert model.backbone.bottom_up.conv5_3.bias.equal(state["features.28.bias"])
+    assert model.backbone.bottom_up.features[0].weight.equal(state["features.0.weight"])
+    assert model.backbone.bottom_up.features[28].bias.equal(state["features.28.bias"])
     assert model.head.cls_score[0].weight.equal(ours.head.cls_score[0].weight)
 
 
@@ -181,9 +181,20 @@ def test_chosen_classes_keep_their_scores(ours, theirs):
     converted = convert_ssd300(theirs.state_dict(), classes=[4, 2])
     bias = ours.head.cls_score[1].bias.view(6, 6)  # 6 default boxes, 5 classes and background
     assert converted["head.cls_score.1.bias"].view(6, 3).equal(bias[:, [3, 1, 5]])
-    coco = MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id
-    assert len(coco) == 80
-    assert max(coco) == 90
+
+
+def test_of_torchvisions_90_classes_a_detector_of_80_gets_cocos():
+    theirs = torchvision.models.detection.ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=91
+    )
+    bias = theirs.head.classification_head.module_list[0].bias.view(4, 91)
+    with torch.no_grad():
+        bias.copy_(torch.arange(91.0).expand(4, 91))  # each class's number
+    model = build_model(load_config(SSD300, CPU))
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    ids = MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id
+    assert model.head.cls_score[0].bias.view(4, 81)[0].tolist() == [*ids, 0]
+    assert list(ids.values()) == list(range(80))
 
 
 def test_inference_and_checkpoints_are_the_same_for_both():
@@ -199,5 +210,8 @@ def test_inference_and_checkpoints_are_the_same_for_both():
 def test_frozen_stages_are_not_trained():
     vgg = VGG16()
     vgg.freeze(2)
-    frozen = {name.split(".")[0] for name, p in vgg.named_parameters() if not p.requires_grad}
-    assert frozen == {"conv1_1", "conv1_2", "conv2_1", "conv2_2"}
+    frozen = {name.split(".")[1] for name, p in vgg.named_parameters() if not p.requires_grad}
+    assert frozen == {"0", "2", "5", "7"}
+    vgg = VGG16()
+    vgg.freeze(0)
+    assert all(p.requires_grad for p in vgg.parameters())

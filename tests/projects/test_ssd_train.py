@@ -1,8 +1,5 @@
 """SSD's configs, its scripts, and training as a user runs it."""
 
-import importlib.util
-import sys
-
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -75,61 +72,3 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     assert results["bbox"]["AP50"] > 80
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert float(state["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"]) > 1
-
-
-@pytest.fixture
-def converter(monkeypatch):
-    """The script's command line in this process."""
-    path = ROOT / "projects/SSD/convert_torchvision.py"
-    spec = importlib.util.spec_from_file_location("convert_torchvision", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
-        script.main()
-
-    return run
-
-
-def test_the_converter_writes_a_checkpoint(tmp_path, converter, capsys):
-    sizes = ((64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
-             (512, 256), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512))  # fmt: skip
-    state = {}
-    for i, (out, before) in zip(
-        (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), sizes, strict=True
-    ):
-        state[f"features.{i}.weight"] = torch.zeros(1).expand(out, before, 3, 3)
-        state[f"features.{i}.bias"] = torch.full((out,), float(i))
-    torch.save(state, tmp_path / "vgg16.pth")
-    converter(tmp_path / "vgg16.pth", tmp_path / "out.pth")
-    assert "26 tensors written" in capsys.readouterr().out
-    model = torch.load(tmp_path / "out.pth")["model"]
-    assert model["backbone.bottom_up.conv4_3.bias"][0] == 21
-    with pytest.raises(SystemExit):
-        converter(tmp_path / "vgg16.pth", tmp_path / "no folder/out.pth")
-    assert "out.pth' can't be written: No such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.pth", "not found"),
-        ("text.pth", "can't be read as a PyTorch file"),
-        ("other.pth", "neither torchvision's ssd300_vgg16 nor its vgg16"),
-        ("five.pth", "has 5 classes: --coco is for torchvision's COCO model"),
-    ],
-)
-def test_the_converter_says_what_is_wrong(tmp_path, converter, capsys, name, message):
-    torch.save({"layer": torch.zeros(1)}, tmp_path / "other.pth")
-    head = "head.classification_head.module_list.0"
-    five = {f"{head}.weight": torch.zeros(24, 1, 3, 3), f"{head}.bias": torch.zeros(24)}
-    torch.save(five, tmp_path / "five.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(SystemExit) as exit_:
-        converter(tmp_path / name, tmp_path / "out.pth", "--coco")
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("convert_torchvision.py: error: ")
-    assert message in error
-    assert error.count("\n") == 1

@@ -1,5 +1,7 @@
 """demo/demo.py on pictures."""
 
+import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -44,6 +46,7 @@ class _Finder:
 
     def __init__(self, cfg):
         self.cfg = cfg
+        self.model = torch.nn.Linear(1, 1)
 
     def __call__(self, image):
         assert image.dtype == np.uint8
@@ -58,7 +61,7 @@ def run_fast(run, demo, own_data, tmp_path, monkeypatch):
     """Run on own data, with found boxes made up and any weights."""
     forget_own_data()
     monkeypatch.setattr(demo, "DefaultPredictor", _Finder)
-    (tmp_path / "weights.pth").write_bytes(b"")
+    torch.save(_Finder(None).model.state_dict(), tmp_path / "weights.pth")
     options = ["MODEL.WEIGHTS", "weights.pth", "DATASETS.COCO_JSON", repr((("own", *own_data),)),
                "DATASETS.TEST", "('own',)"]  # fmt: skip
     return lambda *args: run(
@@ -190,3 +193,29 @@ def test_a_real_model_runs(run, tmp_path, own_config, own_data):
     args = ("--config-file", own_config, "--input", "images/0.png", "--output", "found")
     assert run(*args, "--opts", "MODEL.WEIGHTS", "toy.pth") == 0
     assert drawn(tmp_path / "found/0.png", (0, 0, 64, 64)) > 1000
+
+
+class _Code:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+def test_weights_that_hold_code_or_do_not_fit_are_refused(run, tmp_path, own_config, capsys):
+    def message(weights):
+        args = ("--config-file", own_config, "--input", "images/0.png", "--output", "found")
+        assert run(*args, "--opts", "MODEL.WEIGHTS", weights) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("demo.py: error: checkpoint ")
+        assert error.count("\n") == 1
+        return error
+
+    for name in ("code.pkl", "code.pth"):
+        (tmp_path / name).write_bytes(pickle.dumps({"model": _Code()}))
+        message(name)
+        assert not (tmp_path / "made").exists()
+    weights = toy_model("MODEL.RETINANET.NUM_CLASSES", 2).state_dict()
+    del weights["head.cls_score.bias"]
+    torch.save(weights, tmp_path / "part.pth")
+    assert "head.cls_score.bias is missing" in message("part.pth")

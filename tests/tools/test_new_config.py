@@ -14,8 +14,9 @@ from iou_balanced_d2.engine import load_config
 
 @pytest.fixture
 def command(tmp_path, own_data, monkeypatch):
-    """Run the command on own_data in tmp_path."""
+    """Run the command on own_data in tmp_path; time and memory are not measured."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(new_config, "measure", lambda cfg: (2.0, 1.5))
     (tmp_path / "w.pkl").write_bytes(b"")
 
     def call(*words):
@@ -30,6 +31,7 @@ def test_a_set_without_splits(command, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "my.yaml written" in told
     assert "Images: train 3, valid 1. Classes: 2 (square, circle)" in told
+    assert "about 10 min of training (2.00 s an iteration) and 1.5 GiB of main memory" in told
     for words in ("train --config-file my.yaml SOLVER.MAX_ITER 20", "--seeds 3"):
         assert words in told
         assert words in (tmp_path / "my.yaml").read_text()
@@ -57,10 +59,11 @@ def test_each_value_has_its_reason(command, tmp_path):
     assert next(iter(yaml.safe_load(text))) == "_BASE_"
 
 
-def test_for_a_gpu_that_is_elsewhere(command, monkeypatch):
+def test_for_a_gpu_that_is_elsewhere(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     flags = ["--output", "gpu.yaml", "--weights", "w.pkl", "--device", "cuda", "--epochs", "100"]
     assert run_command("new-config", [".", *flags]) == 0
+    assert "this machine has no GPU" in capsys.readouterr().out
     cfg = load_config("gpu.yaml")
     assert cfg.MODEL.DEVICE == "cuda"
     assert cfg.SOLVER.BASE_LR == pytest.approx(0.01 * cfg.SOLVER.IMS_PER_BATCH / 16)
@@ -88,9 +91,12 @@ def test_mistakes_are_one_line_and_leave_no_config(command, tmp_path, capsys):
 
 
 def test_what_it_writes_is_trained_with(command, tmp_path, own_data, monkeypatch):
-    """The dry run that it proposes, on smaller images."""
+    """The measurement for real, then the dry run that it proposes, on smaller images."""
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert run_command("new-config", [".", "--output", "my.yaml", "--device", "cpu"]) == 0
+    text = (tmp_path / "my.yaml").read_text()
+    assert "(measured here and now)" in text.replace("\n# ", " ")
     try_ = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", "try", "MODEL.WEIGHTS", "", "SEED", "1"]
     small = ["INPUT.MIN_SIZE_TRAIN", "[64]", "INPUT.MIN_SIZE_TEST", "64"]
     assert run_command("train", ["--config-file", "my.yaml", *try_, *small]) == 0

@@ -13,6 +13,7 @@ from ...evaluation.matching import (
     BestIoU,
     Pairs,
     best_iou,
+    class_aps,
     find_pairs,
     match,
     num_objects,
@@ -21,7 +22,6 @@ from ...evaluation.metrics import IOU_PERCENT
 from .measures import (
     ap_summary,
     calibration,
-    class_aps,
     correlations,
     density,
     iou_bins,

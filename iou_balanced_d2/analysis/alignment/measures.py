@@ -16,9 +16,7 @@ from ...evaluation.matching import (
     RIGHT,
     BestIoU,
     Pairs,
-    average_precision,
     match,
-    num_objects,
 )
 from ...evaluation.metrics import IOU_PERCENT
 
@@ -97,33 +95,6 @@ def correlations(x: Array, y: Array) -> dict[str, float]:
         return {"count": len(x), "pearson": math.nan, "spearman": math.nan}
     pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
     return {"count": len(x), "pearson": float(pearson), "spearman": float(spearman)}
-
-
-def class_aps(
-    ground_truth: GroundTruth, detections: Detections, outcome: Array, *, right_first: bool = False
-) -> Array:
-    """AP of each threshold and class.
-
-    Args:
-        ground_truth: the objects.
-        detections: the detections.
-        outcome: (T, D) of :func:`match`.
-        right_first: as if every right detection had a higher score than every wrong one.
-
-    Returns:
-        (T, K) float64 in [0, 1]; NaN for classes without objects.
-    """
-    numbers = num_objects(ground_truth)
-    aps = np.full((len(outcome), len(numbers)), np.nan)
-    for k, number in enumerate(numbers):
-        # A class is one run of rows, in the order of images; as COCO, equal scores stay in it.
-        rows = detections.of_class(k)
-        order = np.argsort(-detections.scores[rows], kind="stable")
-        for t, of_class in enumerate(outcome[:, rows]):
-            counted = of_class[order]
-            right = counted[counted != IGNORED] == RIGHT
-            aps[t, k] = average_precision(np.sort(right)[::-1] if right_first else right, number)
-    return aps
 
 
 def perfectly_placed(

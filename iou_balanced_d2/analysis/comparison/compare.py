@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
-from ..curves import Curves, read_curves
 from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap
 from .matches import Matches, matches_of
 from .runs import Annotations, Run, load_run
@@ -29,13 +28,11 @@ class SideResult:
         name: what reports call it.
         runs: paths of its S runs.
         values: (S, M) in percent; NaN where there is no object to find.
-        curves: for each run, name -> (iteration, value); see :func:`read_curves`.
     """
 
     name: str
     runs: tuple[str, ...]
     values: Array
-    curves: tuple[Curves, ...]
 
     def mean(self) -> Array:
         """(M,) mean over runs."""
@@ -118,7 +115,10 @@ def compare_sides(
     (_, first), *others = by_side.items()
     return Comparison(
         metrics=metric_names(next(iter(truths.values())).classes),
-        sides=[_result(name, loaded[name], values) for name, values in by_side.items()],
+        sides=[
+            SideResult(name, tuple(run.path for run in loaded[name]), values.plain)
+            for name, values in by_side.items()
+        ],
         differences={name: differences(first, other, spread, weights) for name, other in others},
         datasets=datasets,
         resamples=resamples,
@@ -144,11 +144,6 @@ def run_metrics(path: str | Path) -> dict[str, float]:
     values = metrics_of(resampled_ap(_matches(run, truths), every_image))[0]
     names = metric_names(next(iter(truths.values())).classes)
     return dict(zip(names, values.tolist(), strict=True))
-
-
-def _result(name: str, runs: Sequence[Run], values: SideValues) -> SideResult:
-    curves = tuple(read_curves(run.path) for run in runs)
-    return SideResult(name, tuple(run.path for run in runs), values.plain, curves)
 
 
 def _check_different(runs: Sequence[Run]) -> None:

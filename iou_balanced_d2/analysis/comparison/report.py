@@ -9,7 +9,6 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import write_text
-from ..curves import draw_curves
 from ..page import Page, plain
 from ..plots import make_folder, save_figure
 from .compare import Comparison, SideResult
@@ -65,10 +64,6 @@ def _page(comparison: Comparison, folder: Path) -> Page:
         _add_differences(page, metrics, found, classes)
     page.heading("Trainings")
     _add_runs(page, comparison)
-    runs = [(i, s.name, run) for i, s in enumerate(comparison.sides) for run in s.curves if run]
-    if runs:
-        figure = save_figure(draw_curves(runs), folder / "curves.png")
-        page.figure(figure, "Losses and AP during the trainings")
     for link in _alignment_reports(comparison, folder):
         page.link(*link)
     return page

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
+from torchvision.ops import box_iou
 
 # Smallest IoU of a crop with an object, drawn for each image; None leaves it whole, 0 asks only
 # for an object's centre.
@@ -123,7 +125,8 @@ class RandomIoUCrop(T.Augmentation):
                 break
             windows = self._draw_windows(width, height)
             inside = centers_inside(boxes, windows)
-            best = np.where(inside, pairwise_iou(windows, boxes), -1.0).max(axis=1, initial=-1.0)
+            iou = box_iou(torch.from_numpy(windows), torch.as_tensor(boxes)).numpy()
+            best = np.where(inside, iou, -1.0).max(axis=1, initial=-1.0)
             good = np.flatnonzero(best >= min_iou)
             if len(good):
                 x0, y0, x1, y1 = windows[good[0]].astype(int).tolist()
@@ -146,12 +149,3 @@ def centers_inside(boxes: Array, windows: Array) -> npt.NDArray[np.bool_]:
     after = center[None] >= windows[:, None, :2]
     before = center[None] < windows[:, None, 2:]
     return np.all(after & before, axis=2)
-
-
-def pairwise_iou(a: Array, b: Array) -> Array:
-    """IoU of boxes (A, 4) with boxes (B, 4) of some area, (A, B)."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = (high - low).clip(min=0).prod(axis=2)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b))
-    return shared / (area_a[:, None] + area_b[None] - shared)

@@ -7,24 +7,17 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor, nn
-
-from .vgg import STAGES
 
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
-
-
-def _vgg_convolutions() -> dict[str, str]:
-    """Name of each convolution of VGG16 -> index of torchvision's ``features``."""
-    names, index = {}, 0
-    for stage, (_, num_convs) in enumerate(STAGES, start=1):
-        for i in range(1, num_convs + 1):
-            names[f"conv{stage}_{i}"] = index
-            index += 2  # and a ReLU
-        index += 1  # the pool
-    return {name: str(i) for name, i in names.items()}
+_KINDS = ("weight", "bias")
+_SCORES = "head.classification_head.module_list"
+# torchvision's numbers of COCO's 80 classes are COCO's ids, of 90 with 10 that are not used.
+COCO_CLASSES = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
+_NUM_COCO_IDS = 90
 
 
 def convert_vgg16(state: Mapping[str, Tensor]) -> StateDict:
@@ -38,21 +31,18 @@ def convert_vgg16(state: Mapping[str, Tensor]) -> StateDict:
         state: "features.<i>.weight", and so on.
 
     Returns:
-        "backbone.bottom_up.conv1_1.weight", and so on.
+        "backbone.bottom_up.features.<i>.weight", and so on.
     """
-    converted = {
-        f"backbone.bottom_up.{name}.{kind}": state[f"features.{index}.{kind}"]
-        for name, index in _vgg_convolutions().items()
-        for kind in ("weight", "bias")
-    }
+    prefix = "backbone.bottom_up"
+    converted = {f"{prefix}.{k}": v for k, v in state.items() if k.startswith("features.")}
     fc6 = state.get("classifier.0.weight")
     if fc6 is None or not torch.isfinite(fc6).all():
         return converted
     fc7 = state["classifier.3.weight"]
-    converted["backbone.bottom_up.fc6.weight"] = fc6.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
-    converted["backbone.bottom_up.fc6.bias"] = state["classifier.0.bias"][::4]
-    converted["backbone.bottom_up.fc7.weight"] = fc7[::4, ::4, None, None]
-    converted["backbone.bottom_up.fc7.bias"] = state["classifier.3.bias"][::4]
+    converted[f"{prefix}.fc6.weight"] = fc6.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    converted[f"{prefix}.fc6.bias"] = state["classifier.0.bias"][::4]
+    converted[f"{prefix}.fc7.weight"] = fc7[::4, ::4, None, None]
+    converted[f"{prefix}.fc7.bias"] = state["classifier.3.bias"][::4]
     return converted
 
 
@@ -67,45 +57,31 @@ def convert_ssd300(state: Mapping[str, Tensor], classes: Sequence[int] | None = 
     Returns:
         the state dict of :class:`SSD` with VGG16 and the extra layers of SSD300.
     """
-    names = {"backbone.scale_weight": "backbone.bottom_up.conv4_3_norm.scale"}
-    for name, index in _vgg_convolutions().items():
-        if name.startswith("conv5"):  # torchvision puts conv5 into its first extra block
-            place = f"extra.0.{int(index) - 23}"
-        else:
-            place = f"features.{index}"
-        names |= _both(f"backbone.{place}", f"backbone.bottom_up.{name}")
-    names |= _both("backbone.extra.0.7.1", "backbone.bottom_up.fc6")
-    names |= _both("backbone.extra.0.7.3", "backbone.bottom_up.fc7")
+    # torchvision's first extra block begins with the pool before conv5.
+    layers = {f"extra.0.{i}": f"bottom_up.features.{i + 23}" for i in (1, 3, 5)}
+    layers |= {"extra.0.7.1": "bottom_up.fc6", "extra.0.7.3": "bottom_up.fc7"}
     for i in range(4):
-        names |= _both(f"backbone.extra.{i + 1}.0", f"backbone.extra.{i}.reduce")
-        names |= _both(f"backbone.extra.{i + 1}.2", f"backbone.extra.{i}.conv")
-    for i in range(6):
-        names |= _both(f"head.regression_head.module_list.{i}", f"head.bbox_pred.{i}")
+        layers |= {f"extra.{i + 1}.0": f"extra.{i}.reduce", f"extra.{i + 1}.2": f"extra.{i}.conv"}
+    names = {f"backbone.{old}.{k}": f"backbone.{layers[old]}.{k}" for old in layers for k in _KINDS}
+    names["backbone.scale_weight"] = "backbone.bottom_up.conv4_3_scale"
+    features = [name for name in state if name.startswith("backbone.features.")]
+    names |= {name: name.replace("backbone", "backbone.bottom_up", 1) for name in features}
+    heads = [f"{i}.{kind}" for i in range(6) for kind in _KINDS]
+    names |= {f"head.regression_head.module_list.{x}": f"head.bbox_pred.{x}" for x in heads}
     converted = {new: state[old] for old, new in names.items()}
-    for old, new in _head_names():
-        num_anchors = len(state[old.replace("classification", "regression")]) // 4
-        scores = state[old].unflatten(0, (num_anchors, -1))  # (A, background + classes, ...)
+    for x in heads:
+        num_anchors = len(converted[f"head.bbox_pred.{x}"]) // 4
+        scores = state[f"{_SCORES}.{x}"].unflatten(0, (num_anchors, -1))  # (A, background + K, ...)
         kept = range(1, scores.shape[1]) if classes is None else classes
-        converted[new] = scores[:, [*kept, 0]].flatten(0, 1)
+        converted[f"head.cls_score.{x}"] = scores[:, [*kept, 0]].flatten(0, 1)
     return converted
-
-
-def _both(old: str, new: str) -> dict[str, str]:
-    return {f"{old}.{kind}": f"{new}.{kind}" for kind in ("weight", "bias")}
-
-
-def _head_names() -> list[tuple[str, str]]:
-    return [
-        (f"head.classification_head.module_list.{i}.{kind}", f"head.cls_score.{i}.{kind}")
-        for i in range(6)
-        for kind in ("weight", "bias")
-    ]
 
 
 def convert_torchvision(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     """Convert a checkpoint of torchvision for a detector; leave any other as it is.
 
-    Scores of other classes than the detector's are left out, and logged.
+    Of torchvision's COCO model a detector of 80 classes gets the scores of COCO's 80. Scores of
+    other numbers of classes than the detector's are left out, and logged.
 
     Args:
         state: a state dict.
@@ -116,8 +92,10 @@ def convert_torchvision(state: Mapping[str, Tensor], model: nn.Module) -> Mappin
     """
     if "features.0.weight" in state:
         converted = convert_vgg16(state)
-    elif "head.classification_head.module_list.0.weight" in state:
-        converted = convert_ssd300(state)
+    elif f"{_SCORES}.0.bias" in state:
+        is_coco = len(state[f"{_SCORES}.0.bias"]) == 4 * (_NUM_COCO_IDS + 1)
+        as_coco = is_coco and model.num_classes == len(COCO_CLASSES)
+        converted = convert_ssd300(state, COCO_CLASSES if as_coco else None)
     else:
         return state
     own = {name: value.shape for name, value in model.state_dict().items()}

@@ -4,7 +4,7 @@ Letters: N images, R default boxes of one image over all feature maps, K classes
 L feature maps, A default boxes of one place. Boxes are XYXY in absolute coordinates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,11 @@ from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
-    Backbone,
     RetinaNet,
     build_anchor_generator,
     build_backbone,
 )
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -69,8 +67,12 @@ class SSDHead(nn.Module):
 
 
 @META_ARCH_REGISTRY.register()
-class SSD(DenseDetector, DetectorInterface):
-    """SSD (Liu et al., arXiv 1512.02325) with the losses of the paper."""
+class SSD(RetinaNet, DetectorInterface):
+    """SSD (Liu et al., arXiv 1512.02325) with the losses of the paper.
+
+    Of detectron2's RetinaNet it has the parts and the way from images to them; scores with a
+    background, default boxes, losses and non-maximum suppression are its own.
+    """
 
     # The learning rate of the author's COCO set-up, by the linear rule: 0.002 for 64 images.
     lr_per_image = 0.002 / 64
@@ -78,60 +80,16 @@ class SSD(DenseDetector, DetectorInterface):
     num_background_scores = 1
 
     @configurable
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        head: nn.Module,
-        head_in_features: Sequence[str],
-        anchor_generator: nn.Module,
-        box2box_transform: Box2BoxTransform,
-        anchor_matcher: SSDMatcher,
-        num_classes: int,
-        neg_pos_ratio: float = 3.0,
-        smooth_l1_beta: float = 1.0,
-        test_score_thresh: float = 0.02,
-        test_topk_candidates: int = 400,
-        test_nms_thresh: float = 0.45,
-        max_detections_per_image: int = 200,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        input_format: str = "BGR",
-    ):
-        """Put the parts together; names are the config's keys in lower case.
+    def __init__(self, *, neg_pos_ratio: float = 3.0, **retinanet: Any):
+        """Put the parts together.
 
         Args:
-            backbone: gives the feature maps.
-            head: gives logits and deltas, see :class:`SSDHead`.
-            head_in_features: names of the L feature maps.
-            anchor_generator: gives the default boxes.
-            box2box_transform: between deltas and boxes.
-            anchor_matcher: labels the default boxes.
-            num_classes: number of classes, K.
             neg_pos_ratio: hard negatives for one positive.
-            smooth_l1_beta: knee of smooth L1.
-            test_score_thresh: detections below are dropped.
-            test_topk_candidates: best of each class and image that go into NMS.
-            test_nms_thresh: boxes of a class that overlap more are dropped.
-            max_detections_per_image: kept after it.
-            pixel_mean: of the channels, in the order of ``input_format``.
-            pixel_std: what the pixels are divided by.
-            input_format: order of the channels, for visualisation.
+            retinanet: the arguments of detectron2's RetinaNet but for those of its focal loss; the
+                head is an :class:`SSDHead`.
         """
-        super().__init__(
-            backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
-        self.anchor_generator = anchor_generator
-        self.box2box_transform = box2box_transform
-        self.anchor_matcher = anchor_matcher
-        self.num_classes = num_classes
+        super().__init__(**retinanet)
         self.neg_pos_ratio = neg_pos_ratio
-        self.smooth_l1_beta = smooth_l1_beta
-        self.test_score_thresh = test_score_thresh
-        self.test_topk_candidates = test_topk_candidates
-        self.test_nms_thresh = test_nms_thresh
-        self.max_detections_per_image = max_detections_per_image
-        self.input_format = input_format
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -195,9 +153,6 @@ class SSD(DenseDetector, DetectorInterface):
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-
-    # RetinaNet's, with SSD's matcher.
-    label_anchors = RetinaNet.label_anchors
 
     def losses(
         self,

@@ -24,26 +24,11 @@ def xavier_init(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-class L2Norm(nn.Module):
-    """Normalise each pixel's channels to length 1, times a learnt scale a channel (ParseNet)."""
-
-    def __init__(self, channels: int, scale: float = 20.0):
-        """Start with one scale for all channels.
-
-        Args:
-            channels: C.
-            scale: the paper's 20.
-        """
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((channels,), scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From (N, C, H, W) to the same shape."""
-        return self.scale.view(1, -1, 1, 1) * F.normalize(x)
-
-
 class VGG16(Backbone):
-    """Gives "conv4_3", normalised, of stride 8, and "fc7", of stride 16."""
+    """Gives "conv4_3", normalised, of stride 8, and "fc7", of stride 16.
+
+    The layers of ``features`` have the numbers that torchvision's VGG16 gives them.
+    """
 
     def __init__(self, in_channels: int = 3):
         """Build the layers; weights come from a checkpoint (MODEL.WEIGHTS).
@@ -52,13 +37,20 @@ class VGG16(Backbone):
             in_channels: of the images.
         """
         super().__init__()
+        layers: list[nn.Module] = []
         for stage, (channels, num_convs) in enumerate(STAGES, start=1):
-            for i in range(1, num_convs + 1):
+            for _ in range(num_convs):
                 conv = nn.Conv2d(in_channels, channels, 3, padding=1)
                 c2_msra_fill(conv)
-                self.add_module(f"conv{stage}_{i}", conv)
+                layers += [conv, nn.ReLU(inplace=True)]
                 in_channels = channels
-        self.conv4_3_norm = L2Norm(512)
+            # 75 pixels of SSD300 become 38, not 37. The last pool keeps the size.
+            pool = nn.MaxPool2d(2, ceil_mode=stage == 3)
+            layers.append(pool if stage < 5 else nn.MaxPool2d(3, stride=1, padding=1))
+        self.features = nn.Sequential(*layers)
+        self._pools = [i for i, m in enumerate(layers) if isinstance(m, nn.MaxPool2d)]
+        # ParseNet's scale of the channels; the SSD paper's 20.
+        self.conv4_3_scale = nn.Parameter(torch.full((512,), 20.0))
         self.fc6 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6)
         self.fc7 = nn.Conv2d(1024, 1024, 1)
         xavier_init(self.fc6)
@@ -70,27 +62,15 @@ class VGG16(Backbone):
         Args:
             x: images (N, 3, H, W), normalised.
         """
-        for stage in range(1, 5):
-            if stage > 1:
-                # 75 pixels of SSD300 become 38, not 37.
-                x = F.max_pool2d(x, 2, ceil_mode=stage == 4)
-            x = self._stage(x, stage)
-        conv4_3 = x
-        x = self._stage(F.max_pool2d(x, 2), 5)
-        x = F.max_pool2d(x, 3, stride=1, padding=1)
+        conv4_3 = self.features[: self._pools[3]](x)
+        x = self.features[self._pools[3] :](conv4_3)
         x = F.relu_(self.fc7(F.relu_(self.fc6(x))))
-        return {"conv4_3": self.conv4_3_norm(conv4_3), "fc7": x}
-
-    def _stage(self, x: Tensor, stage: int) -> Tensor:
-        for i in range(1, STAGES[stage - 1][1] + 1):
-            x = F.relu_(getattr(self, f"conv{stage}_{i}")(x))
-        return x
+        return {"conv4_3": self.conv4_3_scale.view(1, -1, 1, 1) * F.normalize(conv4_3), "fc7": x}
 
     def freeze(self, num_stages: int) -> None:
         """Exclude the first stages (0 to 5) from training."""
-        for stage, (_, num_convs) in enumerate(STAGES[:num_stages], start=1):
-            for i in range(1, num_convs + 1):
-                getattr(self, f"conv{stage}_{i}").requires_grad_(False)
+        end = self._pools[num_stages - 1] if num_stages else 0
+        self.features[:end].requires_grad_(False)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of both feature maps."""

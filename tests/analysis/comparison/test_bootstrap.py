@@ -1,7 +1,5 @@
 """AP from matches made once equals pycocotools', also of images that count several times."""
 
-import copy
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,8 @@ from iou_balanced_d2.analysis.comparison.bootstrap import (
     resampled_ap,
 )
 from iou_balanced_d2.analysis.comparison.matches import matches_of
-from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 
+from ...evaluation.by_pycocotools import metrics_by_pycocotools
 from ...evaluation.synthetic import arrays_of, random_case
 from ..drawn import draw_detections, draw_truth, duplicated
 
@@ -24,12 +22,6 @@ def metrics_by_us(coco, detections, times):
     names = [c["name"] for c in coco.dataset["categories"]]
     values = metrics_of(resampled_ap(matches, weights))[0]
     return dict(zip(metric_names(names), values, strict=True))
-
-
-def metrics_by_pycocotools(coco, detections):
-    names = [c["name"] for c in coco.dataset["categories"]]
-    arrays = evaluate_boxes(coco, copy.deepcopy(detections), implementation="pycocotools")
-    return coco_metrics(**arrays, class_names=names)
 
 
 def assert_equal(found, expected):

@@ -1,0 +1,216 @@
+"""Convert annotations of other tools into COCO JSON, for DATASETS.COCO_JSON.
+
+python tools/convert_dataset.py cvat annotations.xml train.json --images photos
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.coco_format import clean_coco, load_json
+from ..data.images import shown_size
+from ..data.inspection import missing_images
+from ..data.voc import IMAGE_SUFFIXES, VocImage, parse_voc_xml, voc_content
+from ..errors import UserError
+from ..files import write_atomically
+
+
+class Set:
+    """Images with their boxes, from whichever format, and what was no box."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.objects: list[tuple[int, str, list[float], int]] = []  # image, class, XYWH, crowd
+        self.left_out = 0
+        self._folder = args.images
+
+    def add(self, name: str, size: tuple[int, int] | None, boxes: Any, left_out: int = 0) -> None:
+        """Add an image and globox's boxes; without a size it is read from the image."""
+        width, height = size or size_of(self._folder / name)
+        number = len(self.images) + 1
+        self.images.append({"id": number, "file_name": name, "width": width, "height": height})
+        self.objects += [(number, box.label, list(box.ltwh), 0) for box in boxes]
+        self.left_out += left_out
+
+    def to_coco(self, classes: list[str] | None) -> dict[str, Any]:
+        """COCO's content, with the classes given or found."""
+        names = classes or sorted({label for _, label, _, _ in self.objects})
+        ids = {name: i for i, name in enumerate(names, start=1)}
+        for image, label, _, _ in self.objects:
+            if label not in ids:
+                file = self.images[image - 1]["file_name"]
+                raise UserError(f"{file}: class {label!r} is not one of {', '.join(ids)}")
+        return {
+            "images": self.images,
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": ids[label], "bbox": box,
+                 "area": box[2] * box[3], "iscrowd": crowd}
+                for i, (image, label, box, crowd) in enumerate(self.objects, start=1)
+            ],
+            "categories": [{"id": i, "name": name} for name, i in ids.items()],
+        }  # fmt: skip
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return shown_size(image)
+    except Exception as error:  # PIL raises SyntaxError and others on broken files
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: can't be read: {reason} (--images names the folder)") from error
+
+
+def import_globox() -> Any:
+    try:
+        import globox
+    except ImportError as error:
+        raise UserError("this format is read by globox: pip install globox") from error
+    return globox
+
+
+def read(what: str, parse: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of globox's parsers, whose errors don't name the place."""
+    try:
+        return parse(*args, **kwargs)
+    except Exception as error:  # globox asserts and raises its own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: can't be understood: {reason}") from error
+
+
+def files_of(folder: Path, suffix: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: must be the folder of the {suffix} files")
+    found = [p for p in folder.rglob("*") if p.suffix.lower() == suffix and p.name[0] != "."]
+    if not found:
+        raise UserError(f"{folder}: has no {suffix} file")
+    return sorted(found)
+
+
+def image_beside(path: Path, stated: str, images: Path) -> str:
+    """An image relative to the folder of images: as stated, by its name alone, or as the file."""
+    stated = stated.replace("\\", "/")
+    places = [path.parent / stated, images / stated, images / Path(stated).name]
+    places += [f.with_suffix(s) for f in (images / path.name, path) for s in IMAGE_SUFFIXES]
+    found = next((place for place in places if place.is_file()), images / stated)
+    return os.path.relpath(found, images)
+
+
+def read_labelme(args: argparse.Namespace, found: Set) -> None:
+    globox = import_globox()
+    for path in files_of(args.annotations, ".json"):
+        annotation = read(str(path), globox.Annotation.from_labelme, path, include_poly=True)
+        shapes = len(load_json(str(path))["shapes"])
+        name = image_beside(path, annotation.image_id, args.images)
+        found.add(name, annotation.image_size, annotation.boxes, shapes - len(annotation.boxes))
+
+
+def read_cvat(args: argparse.Namespace, found: Set) -> None:
+    globox = import_globox()
+    root = read(str(args.annotations), lambda: ET.parse(args.annotations).getroot())
+    for node in root.iter("image"):
+        what = f"{args.annotations}: image {node.get('name')!r}"
+        annotation = read(what, globox.Annotation.from_cvat, node)
+        left_out = sum(child.tag != "tag" for child in node) - len(annotation.boxes)
+        found.add(annotation.image_id, annotation.image_size, annotation.boxes, left_out)
+    if not found.images:
+        raise UserError(f'{args.annotations}: has no <image>; export as "CVAT for images"')
+
+
+def read_via(args: argparse.Namespace, found: Set) -> None:
+    globox = import_globox()
+    content = load_json(str(args.annotations))
+    entries = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise UserError(f"{args.annotations}: not a file of VGG's Image Annotator")
+    key = args.label_key or label_key(args.annotations, entries)
+    for name, entry in entries.items():
+        what = f"{args.annotations}: {name!r}"
+        annotation = read(what, globox.Annotation.from_via_json, entry, label_key=key)
+        left_out = len(entry["regions"]) - len(annotation.boxes)
+        found.add(annotation.image_id, None, annotation.boxes, left_out)
+
+
+def label_key(path: Path, entries: dict[str, Any]) -> str:
+    """The attribute that all regions have, if there is but one."""
+    keys = read(str(path), lambda: {k for e in entries.values() for r in e["regions"]
+                                    for k in r["region_attributes"]})  # fmt: skip
+    if len(keys) > 1:
+        names = ", ".join(sorted(keys))
+        raise UserError(f"{path}: which attribute is the class? Give --label-key, one of {names}")
+    return str(next(iter(keys), ""))
+
+
+def voc_images(args: argparse.Namespace) -> Iterator[tuple[str, str, VocImage]]:
+    for path in files_of(args.annotations, ".xml"):
+        content = path.read_bytes()
+        scene = parse_voc_xml(str(path), content)
+        stated = (ET.fromstring(content).findtext("filename") or path.stem).strip()
+        yield str(path), image_beside(path, stated, args.images), scene
+
+
+def read_openimages(args: argparse.Namespace, found: Set) -> None:
+    """Read boxes of OpenImages; not by globox, which takes a group of things for one thing."""
+    files = {p.stem: p.name for p in args.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    numbers: dict[str, int] = {}
+    for i, row in enumerate(read(str(args.annotations), rows_of, args.annotations), start=2):
+        what = f"{args.annotations}, line {i}"
+        name, label, is_group, *shares = read(what, open_images_row, row)
+        if name not in numbers:
+            found.add(files.get(name, name), None, [])
+            numbers[name] = len(found.images)
+        image = found.images[numbers[name] - 1]
+        size = [image["width"], image["height"]] * 2
+        x1, y1, x2, y2 = (share * side for share, side in zip(shares, size, strict=True))
+        found.objects.append((numbers[name], label, [x1, y1, x2 - x1, y2 - y1], is_group))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        return list(csv.DictReader(f))
+
+
+def open_images_row(row: dict[str, str]) -> tuple[Any, ...]:
+    box = [float(row[key]) for key in ("XMin", "YMin", "XMax", "YMax")]
+    return row["ImageID"], row["LabelName"], int(row.get("IsGroupOf") == "1"), *box
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, check the form, write, and say what to do next."""
+    if not args.annotations.exists():
+        raise UserError(f"{args.annotations}: not found")
+    if args.images is None:
+        is_folder = args.annotations.is_dir()
+        args.images = args.annotations if is_folder else args.annotations.parent
+    if not args.images.is_dir():
+        raise UserError(f"--images {args.images}: not a folder")
+    found = Set(args)
+    if args.format == "voc":
+        scenes = list(voc_images(args))
+        classes = args.classes or sorted({o[0] for *_, scene in scenes for o in scene.objects})
+        content = voc_content(scenes, classes)
+    else:
+        readers = {"labelme": read_labelme, "cvat": read_cvat, "via": read_via,
+                   "openimages": read_openimages}  # fmt: skip
+        readers[args.format](args, found)
+        content = found.to_coco(args.classes)
+    content = clean_coco(content)
+    missing = missing_images(content, str(args.images))
+    if missing:
+        print(f"{len(missing)} of {len(content['images'])} images are missing, such as "
+              f"{missing[0]!r}; --images names their folder", file=sys.stderr)  # fmt: skip
+    if found.left_out:
+        print(f"{found.left_out} shapes that are no boxes are left out", file=sys.stderr)
+    text = json.dumps(content)
+    write_atomically(args.output, lambda f: f.write(text.encode()))
+    classes = ", ".join(c["name"] for c in content["categories"])
+    print(f"{len(content['images'])} images, {len(content['annotations'])} boxes, "
+          f"classes: {classes}")  # fmt: skip
+    print(f'DATASETS.COCO_JSON: [["NAME", "{args.output}", "{args.images}"]]')
