@@ -29,7 +29,7 @@ from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.errors import UserError, one_line
 from iou_balanced_d2.evaluation import BoxEvaluator
 from iou_balanced_d2.losses import LossOptions
-from iou_balanced_d2.model_zoo.model_zoo import get_detectron2_config
+from iou_balanced_d2.model_zoo import get_detectron2_config
 from iou_balanced_d2.projects import import_projects
 
 # isort: split
