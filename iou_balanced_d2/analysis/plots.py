@@ -1,5 +1,6 @@
 """What all figures share: colours, axes and files."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ T = TypeVar("T")
 # Okabe and Ito's colours, which colour-blind people can tell apart; with markers, as a second sign.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+_LONGEST_LINE = 30  # characters; a legend with longer ones leaves no room for the curves
 
 
 def style(i: int) -> dict[str, Any]:
@@ -23,11 +25,11 @@ def style(i: int) -> dict[str, Any]:
 
 
 def label(name: str) -> str:
-    """A user's name as text of a figure: no formula between dollar signs, and in the legend.
+    """A user's name as text of a figure: in short lines, no formula between dollar signs.
 
     Matplotlib leaves names that start with an underscore out of legends.
     """
-    text = clean(name).replace("$", r"\$")
+    text = textwrap.fill(clean(name), _LONGEST_LINE).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -75,6 +75,7 @@ def layout_of(browse, folder, html, width, mode):
     return re.search("<title>(.*?)</title>", dom)[1]
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # no room for the curves
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_fits_phones_and_screens(browse, tmp_path, own_data, width, mode):
