@@ -130,7 +130,9 @@ def _build_training(cfg: CfgNode, model: nn.Module) -> None:
     """The optimizer, the schedule up to its end, the loader and the period of the checkpoints."""
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
-        float(group["lr"] * group["weight_decay"])
+        number = torch.zeros(1)
+        for key in ("lr", "weight_decay"):  # as the optimizer takes them
+            number.add(number, alpha=group[key])
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
     for scheduler.last_epoch in (0, cfg.SOLVER.MAX_ITER // 2, cfg.SOLVER.MAX_ITER):
         scheduler.get_lr()

@@ -33,6 +33,7 @@ MISTAKES = {
     "SOLVER.MAX_ITER 1e3": "must be of type int",
     "SOLVER.IMS_PER_BATCH 0": "Total batch size (0)",
     "SOLVER.BASE_LR -0.1": "Invalid learning rate: -0.1",
+    "SOLVER.WEIGHT_DECAY_BIAS True": "Boolean alpha",
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE foo": "'foo' is not a valid",
     "SOLVER.LR_SCHEDULER_NAME foo": "Unknown LR scheduler",
     "SOLVER.WARMUP_METHOD foo": "Unknown warmup method",
