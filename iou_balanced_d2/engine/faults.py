@@ -45,7 +45,7 @@ def user_error(error: BaseException) -> UserError | None:
             f"lost the connection to another process ({reason}): see the other processes' and "
             "hosts' output for the cause; --resume goes on from the last checkpoint"
         )
-    message = _no_memory(error) or _no_space(error) or _worker_ended(error)
+    message = _no_memory(error) or _no_space(error) or _worker_ended(error) or _diverged(error)
     return UserError(message) if message else None
 
 
@@ -111,6 +111,16 @@ def _worker_ended(error: BaseException) -> str:
     return (
         f"{why} If memory ran out: lower DATALOADER.NUM_WORKERS, or make /dev/shm larger; "
         "--resume goes on from the last checkpoint"
+    )
+
+
+def _diverged(error: BaseException) -> str:
+    """detectron2 asserts that the boxes it clips are finite; losses are checked by each step."""
+    if not (isinstance(error, AssertionError) and "infinite or NaN" in str(error)):
+        return ""
+    return (
+        "the detector's boxes are infinite or NaN, as its weights have diverged: lower "
+        "SOLVER.BASE_LR, or clip gradients (SOLVER.CLIP_GRADIENTS.ENABLED True)"
     )
 
 

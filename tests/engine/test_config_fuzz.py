@@ -11,6 +11,7 @@ import yaml
 from iou_balanced_d2.arguments import parse
 from iou_balanced_d2.engine import Trainer, find_placement, load_config, prepare
 from iou_balanced_d2.engine.config import flatten
+from iou_balanced_d2.engine.faults import user_errors
 from iou_balanced_d2.errors import UserError
 
 from ..command import forget_own_data
@@ -84,7 +85,8 @@ def outcome(tmp_path, own_config, monkeypatch):
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=False)
             trainer.max_iter = min(trainer.max_iter, 1)
-            trainer.train()
+            with user_errors():  # as the command does
+                trainer.train()
         return ""
 
     yield run

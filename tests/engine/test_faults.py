@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -129,6 +130,14 @@ def test_torch_s_own_errors_of_connections_are_known():
         kind = getattr(torch.distributed, name, None)
         if kind is not None:
             assert lost_connection(kind("first\nsecond")) == "first"
+
+
+def test_weights_that_have_diverged_are_said_to():
+    """detectron2's own assertion."""
+    boxes = Boxes(torch.tensor([[0.0, 0.0, float("nan"), 1.0]]))
+    with pytest.raises(AssertionError) as caught:
+        boxes.clip((4, 4))
+    assert "weights have diverged: lower SOLVER.BASE_LR" in str(user_error(caught.value))
 
 
 def test_a_killed_worker_is_reported():
