@@ -159,6 +159,7 @@ def write_what_commands_take():
     for name in ("photos", "more", "val2017"):
         shutil.copytree(IMAGES, name)
     shutil.copy(IMAGES / "0.jpg", "photo.jpg")
+    shutil.copytree(ROOT / "docs/evidence", "docs/evidence")
 
 
 def execute(words, folder, output):

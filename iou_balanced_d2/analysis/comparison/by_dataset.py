@@ -1,6 +1,7 @@
 """Variants compared on several data sets: each set's differences, and the effect over all."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
 from .runs import load_run
 from .statistics import LEVEL, Difference, format_p
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "AP85", "AP90")
 # The gain in AP whose number of seeds is told: the least that the paper reports.
@@ -205,12 +208,16 @@ def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> lis
     """Of variant -> data set -> effects in the order of METRICS."""
     if not found:
         raise UserError("nothing to compare with: runs of two variants or more are needed")
-    for name, by_dataset in found.items():
-        if len(by_dataset) < 2:
-            raise UserError(
-                f"{name} and {first} have {len(by_dataset) or 'no'} data set in common: two or "
-                "more are needed"
-            )
+    few = {
+        name: f"{name} and {first} have {len(sets) or 'no'} data set in common: two or more are "
+        "needed"
+        for name, sets in found.items()
+        if len(sets) < 2
+    }
+    if len(few) == len(found):
+        raise UserError(next(iter(few.values())))
+    for reason in few.values():
+        logger.warning(f"{reason}; left out")
     return [
         Against(
             name,
@@ -218,6 +225,7 @@ def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> lis
             dict(zip(METRICS, map(list, zip(*sets.values(), strict=True)), strict=True)),
         )
         for name, sets in found.items()
+        if name not in few
     ]
 
 

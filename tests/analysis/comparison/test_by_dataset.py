@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import matplotlib.image
 import numpy as np
@@ -18,6 +19,7 @@ from iou_balanced_d2.analysis.comparison.by_dataset import (
 from iou_balanced_d2.analysis.plots import style
 from iou_balanced_d2.errors import UserError
 
+from ...command import ROOT
 from ..drawn import draw_detections, draw_truth, write_run
 
 
@@ -66,6 +68,13 @@ def test_all_variants_tell_the_spread_of_seeds(tmp_path):
     # 0.3 AP a run; two variants, four seeds.
     errors = [e.standard_error for e in both.effects["AP"]]
     assert np.mean(errors) == pytest.approx(0.3 * (2 / 4) ** 0.5, rel=0.25)
+
+
+def test_a_variant_of_one_data_set_is_left_out(tmp_path, caplog):
+    paths = write_records(tmp_path, variants=("base", "both", "cls"))
+    found = compare_records([p for p in paths if "-cls-" not in p.name or "set0" in p.name])
+    assert [against.name for against in found] == ["both"]
+    assert "cls and base have 1 data set in common: two or more are needed; left out" in caplog.text
 
 
 def test_what_no_run_finds_is_left_out(tmp_path):
@@ -149,3 +158,13 @@ def test_runs_are_compared_on_their_own_data_sets(tmp_path):
     assert effect.of_images == expected.of_images <= effect.standard_error**2 + 1e-9
     assert math.isnan(against.pooled["AP"].prediction[0])
     assert against.pooled["AP"].fixed.low > 0
+
+
+def test_the_zoo_shows_what_the_records_give():
+    both = compare_records(sorted((ROOT / "docs/evidence").glob("*.json")))[0]
+    zoo = (ROOT / "MODEL_ZOO.md").read_text()
+    for effects in ("random effects", "fixed effect"):
+        (row,) = (line for line in both.table().splitlines() if f"all, {effects}" in line)
+        cells = re.findall(r"[+-][0-9.]+ \[[^]]+\]", row)
+        assert len(cells) == 5
+        assert f"({effects}) | {' | '.join(cells)} |" in zoo
