@@ -1,15 +1,19 @@
 """new-config on small data sets: what it writes is read, checked and trained with."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
 from iou_balanced_d2.commands import new_config, run_command
+from iou_balanced_d2.data import register_datasets_of
 from iou_balanced_d2.data.anchors import anchor_recall
 from iou_balanced_d2.data.coco_format import read_coco_json
 from iou_balanced_d2.engine import load_config
+
+from ..command import forget_own_data
 
 
 @pytest.fixture
@@ -46,6 +50,20 @@ def test_a_set_without_splits(command, tmp_path, capsys):
     before = (tmp_path / "my.yaml").read_text()
     assert command("--overwrite") == 0
     assert (tmp_path / "my.yaml").read_text() == before, "the same photos are held out"
+
+
+def test_time_and_memory_are_measured_quietly(own_config, monkeypatch, caplog):
+    """Nothing is said of checkpoints, as none are written."""
+    monkeypatch.chdir(own_config.parent)
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())
+    forget_own_data()
+    cfg = load_config(str(own_config))
+    cfg.MODEL.DEVICE = "cpu"
+    register_datasets_of(cfg)
+    seconds, gib = new_config.measure(cfg)
+    assert seconds > 0
+    assert gib > 0.1
+    assert "Checkpoints" not in caplog.text
 
 
 def test_each_value_has_its_reason(command, tmp_path):
