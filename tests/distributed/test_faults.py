@@ -216,10 +216,11 @@ def test_an_evaluation_of_two_processes_is_broken_off_at_once(own_config):
     words = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2)
     process = start("long_evaluation", own_config, *words)
     try:
-        lines = []
-        while sum("evaluating" in line for line in lines) < 2:
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()
+        text = ""
+        while text.count("evaluating") < 2:  # both may be in one line
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            text += line
         process.terminate()
         out, err = process.communicate(timeout=LIMIT)
     finally:
