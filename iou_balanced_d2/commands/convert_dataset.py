@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import xml.etree.ElementTree as ET
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.coco_format import clean_coco, load_json
+from ..data.conversion import coco_content
 from ..data.images import shown_size
 from ..data.inspection import missing_images
 from ..data.voc import IMAGE_SUFFIXES, VocImage, parse_voc_xml, voc_content
@@ -43,20 +45,17 @@ class Set:
     def to_coco(self, classes: list[str] | None) -> dict[str, Any]:
         """COCO's content, with the classes given or found."""
         names = classes or sorted({label for _, label, _, _ in self.objects})
-        ids = {name: i for i, name in enumerate(names, start=1)}
-        for image, label, _, _ in self.objects:
-            if label not in ids:
+        labels = {name: i for i, name in enumerate(names)}
+        of_image: dict[int, list[tuple[int, list[float], dict[str, Any]]]] = defaultdict(list)
+        for image, name, box, crowd in self.objects:
+            if name not in labels:
                 file = self.images[image - 1]["file_name"]
-                raise UserError(f"{file}: class {label!r} is not one of {', '.join(ids)}")
-        return {
-            "images": self.images,
-            "annotations": [
-                {"id": i, "image_id": image, "category_id": ids[label], "bbox": box,
-                 "area": box[2] * box[3], "iscrowd": crowd}
-                for i, (image, label, box, crowd) in enumerate(self.objects, start=1)
-            ],
-            "categories": [{"id": i, "name": name} for name, i in ids.items()],
-        }  # fmt: skip
+                raise UserError(f"{file}: class {name!r} is not one of {', '.join(labels)}")
+            of_image[image].append((labels[name], box, {"iscrowd": crowd}))
+        return coco_content(
+            names,
+            [(i["file_name"], i["width"], i["height"], of_image[i["id"]]) for i in self.images],
+        )
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -123,11 +123,12 @@ def run(args: argparse.Namespace) -> None:
     name, write = FORMATS[args.format]
     path = os.path.join(args.output, name)
     write(plain, image, path)
-    if not known_classes(cfg):
+    description = describe(cfg)
+    if not description["class_names"]:
         print("export_model.py: warning: model.json has no class names, as no data set of the "
               "config can be read here", file=sys.stderr)  # fmt: skip
     with open(os.path.join(args.output, "model.json"), "w", encoding="utf-8") as f:
-        json.dump(describe(cfg), f, indent=2)
+        json.dump(description, f, indent=2)
     with torch.no_grad():
         expected = detect(plain, [{"image": image}])
     print(f"{path} written; {check(path, expected, image)}")

@@ -30,7 +30,6 @@ from ..data.anchors import AnchorGrid, anchor_recall
 from ..data.coco_format import class_names
 from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
 from ..engine import Trainer, load_config
-from ..engine.checkpoint import LossState
 from ..engine.config import choose_device
 from ..engine.faults import user_errors
 from ..errors import UserError
@@ -372,7 +371,6 @@ def measure(cfg: CfgNode) -> tuple[float, float]:
     cfg = cfg.clone()
     cfg.DATALOADER.NUM_WORKERS = 0
     model = build_model(cfg).train()
-    LossState(model)  # else a warning says that checkpoints, of which there are none, lack it
     optimizer = Trainer.build_optimizer(cfg, model)
     batches = iter(Trainer.build_train_loader(cfg))
     seconds = []

@@ -268,10 +268,12 @@ class IoUBalancedLoss(nn.Module):
         storage = _event_storage()
         if storage is None:
             return
-        if not self.is_saved:
-            log_first_n(logging.WARNING, _NOT_SAVED, name=__name__)
         storage.put_scalar("num_pos_anchors", num_pos / max(num_images, 1))
-        if (storage.iter + 1) % _LOG_PERIOD == 0 and num_pos > 0:
+        if (storage.iter + 1) % _LOG_PERIOD:
+            return
+        if not self.is_saved:  # a training, rather than a few steps that are measured
+            log_first_n(logging.WARNING, _NOT_SAVED, name=__name__)
+        if num_pos > 0:
             scalars = {
                 "mean_pos_iou": sums.iou / sums.num_pos,
                 "cls_scale": sums.cls / sums.cls_balanced,

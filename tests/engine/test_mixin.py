@@ -31,12 +31,12 @@ class Mine(TrainerMixin, DefaultTrainer):
 
 @pytest.fixture
 def cfg(tmp_path, own_config, monkeypatch):
-    """A training of two steps that is not evaluated."""
+    """A training that logs once and is not evaluated."""
     monkeypatch.chdir(tmp_path)
     forget_own_data()
     (tmp_path / "out").mkdir()
     words = [
-        *THIN, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,),
+        *THIN, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 20, "SOLVER.STEPS", (1,),
         "MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS", 1, "DATASETS.TEST", (),
     ]  # fmt: skip
     return load_config(str(own_config), list(map(str, words)))
