@@ -38,7 +38,7 @@ html_theme = "sphinx_rtd_theme"
 html_copy_source = False
 html_show_copyright = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 templates_path = ["_templates"]
 # The page that opens with the built folder; it leads to docs/index.html.
 html_additional_pages = {"index": "start.html"}

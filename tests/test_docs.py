@@ -10,6 +10,7 @@ import torch
 
 from iou_balanced_d2.engine import load_config
 
+from .browser import browser_or_skip, open_page
 from .documents import DOCS, DOCUMENTS, ROOT, blocks, ids, with_blocks
 
 
@@ -81,20 +82,25 @@ def test_every_package_is_in_the_reference():
     assert packages <= {path.stem for path in (DOCS / "modules").glob("*.rst")}
 
 
-def test_pages_are_built_without_a_warning(tmp_path):
+def build(folder, **environment):
+    """The folder of the pages, made by the command of `make docs`."""
     for name in ("sphinx", "myst_parser", "sphinx_rtd_theme"):
         pytest.importorskip(name, reason=f"{name} is not installed; `make setup` installs it")
     line = next(
         line for line in (ROOT / "Makefile").read_text().splitlines() if "-m sphinx" in line
     )
-    words = line.replace("docs/_build", str(tmp_path)).split()[1:]
-    secret = "5ec7e7-of-the-environment"  # such as one that a default of an argument shows
-    env = {**os.environ, "IOU_BALANCED_D2_SECRET": secret}
+    words = line.replace("docs/_build", str(folder)).split()[1:]
+    env = {**os.environ, **environment}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=env
     )
     assert done.returncode == 0, done.stderr
-    pages = tmp_path / "html"
+    return folder / "html"
+
+
+def test_pages_are_built_without_a_warning(tmp_path):
+    secret = "5ec7e7-of-the-environment"  # such as one that a default of an argument shows
+    pages = build(tmp_path, IOU_BALANCED_D2_SECRET=secret)
     for path in DOCUMENTS:
         assert (pages / path.relative_to(ROOT)).with_suffix(".html").is_file()
     for page in pages.rglob("*.html"):
@@ -106,3 +112,30 @@ def test_pages_are_built_without_a_warning(tmp_path):
     assert 'id="iou_balanced_d2.losses.iou_balanced_cls_weights"' in reference
     # The arguments of a class are described in its __init__.
     assert "<strong>focal_loss_alpha</strong>" in (pages / "docs/modules/modeling.html").read_text()
+
+
+# A page in a frame of a width; the title says whether it is wider, once the theme's script is done.
+FRAME = """<!DOCTYPE html><meta charset="utf-8"><title>not measured</title>
+<iframe style="border: 0; width: %dpx; height: 3000px" src="%s"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => setTimeout(() => {
+  const root = frame.contentDocument.documentElement;
+  document.title = root.scrollWidth - root.clientWidth > 1 ? "too wide" : "fine";
+}, 800);
+</script>"""
+
+
+@pytest.mark.slow
+def test_pages_fit_phones_and_screens(tmp_path):
+    browser_or_skip()
+    pages, frame = build(tmp_path), tmp_path / "frame.html"
+    options = ["--allow-file-access-from-files", "--virtual-time-budget=3000"]
+    found = {}
+    for path in DOCUMENTS:
+        page = (pages / path.relative_to(ROOT)).with_suffix(".html")
+        for width in (360, 1280):
+            frame.write_text(FRAME % (width, page.as_uri()))
+            dom, messages = open_page(frame, tmp_path / "profile", *options)
+            assert "CONSOLE" not in messages, messages
+            found[str(path), width] = re.search("<title>(.*?)</title>", dom)[1]
+    assert set(found.values()) == {"fine"}, found

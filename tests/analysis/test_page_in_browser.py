@@ -2,39 +2,25 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from iou_balanced_d2.analysis.alignment import write_alignment_report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+from ..browser import browser_or_skip, open_page
 
 
 @pytest.fixture
 def browse(tmp_path):
     """Open a file; returns the page as the browser has it, its messages and the addresses asked."""
-    found = [path for path in map(shutil.which, BROWSERS) if path]
-    if not found:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    browser_or_skip()
 
-    def open_page(file):
+    def browse(file):
         log = tmp_path / "net.json"
-        command = [
-            *(found[0], *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--enable-logging=stderr", f"--log-net-log={log}", "--dump-dom", file.as_uri()),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        addresses = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
-        return done.stdout, done.stderr, addresses
+        page, messages = open_page(file, tmp_path / "profile", f"--log-net-log={log}")
+        return page, messages, set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
 
-    return open_page
+    return browse
 
 
 # Opens a page in a frame of a width, and writes into the title what is wrong with its layout.
