@@ -54,6 +54,12 @@ class Experiment:
                 record can't be written.
         """
         bases = {name: self._judged_by(name) for name in self.protocol.data_sets}
+        number = len(bases) * len(self.protocol.order())
+        print(
+            f"{number} runs, {self.at_once} at a time; each writes its output to "
+            f"{self.output}/<data set>/<variant>/seed<n>/console.txt",
+            flush=True,
+        )
         runs: dict[str, dict[str, list[Run]]] = {
             name: {variant: [] for variant in self.protocol.variants} for name in bases
         }
@@ -151,6 +157,7 @@ class Experiment:
                 raise
 
     def _train(self, run: Run, environment: Mapping[str, str], started: _Started) -> None:
+        print(f"{run.name}: started", flush=True)
         exit_code = run.execute(self.train, environment, started)
         minutes, state = run.record["seconds"] / 60, "FAILED" if exit_code else "done"
         print(f"{run.name}: {state} ({minutes:.1f} min)", flush=True)

@@ -83,7 +83,10 @@ def test_each_run_is_made_once_in_a_folder_of_its_own(experiment, tmp_path, caps
     assert {v: [r.complete for r in rs] for v, rs in runs["set"].items()} == {
         "loc": [True, True], "x y/z": [True, True], "control": [True, True]
     }  # fmt: skip
-    assert "set/loc/seed1: done" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    where = "runs/<data set>/<variant>/seed<n>/console.txt"
+    assert lines[0] == f"6 runs, 2 at a time; each writes its output to {tmp_path}/{where}"
+    assert lines.index("set/loc/seed1: started") < lines.index("set/loc/seed1: done (0.0 min)")
     folder = tmp_path / "runs/set/x_y_z/seed2"
     assert calls(folder) == ["started"]
     assert yaml.safe_load((folder / "run.yaml").read_text())["SEED"] == 2
