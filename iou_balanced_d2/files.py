@@ -32,9 +32,10 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         UserError: naming the file, if it can't be written; the old file stays.
     """
     folder, name = os.path.split(os.path.abspath(path))
+    start = os.fsdecode(os.fsencode(name)[:200])  # names have at most 255 bytes
     temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(_UNFINISHED, f".{name[:200]}.", folder)
+        descriptor, temporary = tempfile.mkstemp(_UNFINISHED, f".{start}.", folder)
         with open(descriptor, "wb") as f:
             write(f)
             f.flush()

@@ -148,6 +148,10 @@ def test_mistakes_are_one_line(command, capsys):
         (["model.iou_balanced.cls_eta=-3"], "CLS_ETA must be a finite number >= 0, got -3"),
         (["train.max_iter=3", "--eval-only"], "'--eval-only' is no KEY=VALUE pair"),
         (["train.init_checkpoint=no.pth"], "train.init_checkpoint 'no.pth' not found"),
+        (["train.init_checkpoint='no.pth?matching_heuristics=True'"], "not found"),
+        (["train.max_iter=[1"], "train.max_iter=[1: "),
+        (["train.max_iter=100,200"], "train.max_iter=100,200: "),
+        (["train.amp.enabled=True", "train.device=cpu"], "train.amp.enabled needs a GPU"),
         (["--eval-only"], "nothing to evaluate"),
         (["--config-file", "no.py"], "'no.py' not found"),
     ):

@@ -67,15 +67,20 @@ def load(args: argparse.Namespace) -> DictConfig:
     keys = [*flat_keys(OmegaConf.to_container(cfg)), *model_arguments(cfg)]
     for word in args.opts:
         check_override(word, keys)
-    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except Exception as error:  # of hydra or omegaconf
+        raise UserError(f"{' '.join(args.opts)}: {str(error).splitlines()[0]}") from error
     try:
         instantiate(cfg.model.get("iou_balanced"))
     except ValueError as error:
         raise UserError(f"model.iou_balanced: {error}") from error
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
+    if cfg.train.amp.enabled and not cfg.train.device.startswith("cuda"):
+        raise UserError("train.amp.enabled needs a GPU: float16 on a CPU has no gradient scaling")
     weights = cfg.train.init_checkpoint
-    if weights and "://" not in weights and not os.path.isfile(weights):
+    if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):
         raise UserError(f"train.init_checkpoint {weights!r} not found")
     if args.eval_only and not weights and not args.resume:
         raise UserError("nothing to evaluate: give train.init_checkpoint=FILE, or --resume")

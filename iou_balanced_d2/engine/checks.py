@@ -108,6 +108,11 @@ def check_launch(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> None:
         devices = torch.cuda.device_count()
         if num_gpus > devices:
             raise UserError(f"--num-gpus {num_gpus}, but this machine has {devices} GPU(s) to use")
+        index = cfg.MODEL.DEVICE.partition(":")[2]
+        if index.isdecimal() and int(index) >= devices:
+            raise UserError(
+                f"MODEL.DEVICE {cfg.MODEL.DEVICE!r}, but this machine has {devices} GPU(s) to use"
+            )
         if ":" in cfg.MODEL.DEVICE and world_size > 1:
             raise UserError(
                 f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is one GPU, but {world_size} processes need "

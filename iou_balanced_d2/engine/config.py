@@ -44,7 +44,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"config file {config_file!r}: {_explain(error, keys)}") from error
     try:
         cfg.merge_from_list(list(opts))
-    except (ValueError, KeyError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(_explain(error, keys)) from error
     for key, value in flatten(cfg).items():
         if value is None and defaults[key] is not None:

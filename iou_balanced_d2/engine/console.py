@@ -131,7 +131,8 @@ def _losses(cfg: CfgNode) -> str:
     options, node = cfg.MODEL.IOU_BALANCED, cfg.MODEL[detector_node(cfg) or "RETINANET"]
     is_balanced = options.CLS_LOSS == "iou_balanced"
     cls = f"positives x IoU^{options.CLS_ETA:g}" if is_balanced else options.CLS_LOSS
-    box = node.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
+    fixed = "giou" if "FCOS" in cfg.MODEL.META_ARCHITECTURE else "smooth_l1"
+    box = node.get("BBOX_REG_LOSS_TYPE", fixed)
     if not options.LOC_LAMBDA:
         return f"classification {cls}; box {box}"
     w_loc = f"{options.LOC_WEIGHT:g}" if options.LOC_WEIGHT else (

@@ -1,11 +1,11 @@
 """Hooks for the best checkpoint and the losses on the test sets; logs on a full disk."""
 
 import contextlib
-import difflib
+import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -76,30 +76,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self.best_metric, self.best_iter = best["value"], best["iteration"]
 
     def _best_checking(self) -> None:
-        names = self.trainer.storage.latest()
-        if self._val_metric not in names:
-            self._warn_unknown(list(names))
-            return
+        before = self.best_metric, self.best_iter
         super()._best_checking()
-
-    def _update_best(self, val: float, iteration: int) -> bool:
-        """Called by detectron2's hook for each better value."""
-        if not super()._update_best(val, iteration):
-            return False  # not a number
-        best = {"metric": self._val_metric, "value": val, "iteration": iteration}
-        write_atomically(self._file, lambda f: f.write(json.dumps(best).encode()))
-        return True
-
-    def _warn_unknown(self, names: list[str]) -> None:
-        metrics = [n for n in names if "/AP" in n or "/AR" in n or "validation/" in n]
-        close = difflib.get_close_matches(self._val_metric, metrics, n=1, cutoff=0.3)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        message = (
-            f"TEST.BEST_METRIC {self._val_metric!r} is not a result of the evaluation, so no "
-            f"model_best.pth is kept{hint} There are: "
-            + ", ".join(metric for metric in metrics if "-" not in metric)
-        )
-        log_first_n(logging.ERROR, message, name=__name__)
+        if (self.best_metric, self.best_iter) != before:  # model_best.pth is on the disk
+            best = {"metric": self._val_metric, "value": self.best_metric}
+            content = json.dumps({**best, "iteration": self.best_iter}).encode()
+            write_atomically(self._file, lambda f: f.write(content))
 
 
 def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
@@ -130,7 +112,7 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
 def validation_losses(
     model: nn.Module, loader: Iterable[Inputs], batch_size: int
 ) -> dict[str, Any]:
-    """Mean losses of a model over a data set; the model's state does not change.
+    """Mean losses of a copy of a model, with normalisation and dropout as in inference.
 
     Args:
         model: the detector, wrapped in DDP or not.
@@ -141,11 +123,14 @@ def validation_losses(
         {"validation": {loss's name: mean over all processes' images, ..., "total_loss": sum}} on
         the main process, {} on others and without any image.
     """
-    model = getattr(model, "module", model)
+    model = copy.deepcopy(getattr(model, "module", model)).train()
+    for module in model.modules():
+        if isinstance(module, _NOISY_LAYERS):
+            module.eval()
     sums: dict[str, float] = {}
     num_images = 0
     # A storage of its own, as what the detector logs here is not of the training.
-    with torch.no_grad(), losses_without_trace(model), EventStorage():
+    with torch.no_grad(), EventStorage():
         for inputs in loader:
             full = [inputs[i % len(inputs)] for i in range(max(batch_size, len(inputs)))]
             for name, loss in model(full).items():
@@ -158,31 +143,6 @@ def validation_losses(
     names = {name: None for part, _ in gathered for name in part}
     means = {name: sum(p.get(name, 0.0) for p, _ in gathered) / total for name in names}
     return {"validation": {**means, "total_loss": sum(means.values())}}
-
-
-@contextlib.contextmanager
-def losses_without_trace(model: nn.Module) -> Iterator[None]:
-    """A detector returns losses here, with normalisation and dropout as in inference.
-
-    Afterwards each module's mode and plain numbers are restored; detectron2's dense detectors keep
-    the losses' normaliser as such a number.
-    """
-    numbers = [(module, _numbers(module)) for module in model.modules()]
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _NOISY_LAYERS):
-            module.eval()
-    try:
-        yield
-    finally:
-        for module, before in numbers:
-            for name in _numbers(module).keys() - before.keys():
-                delattr(module, name)
-            vars(module).update(before)
-
-
-def _numbers(module: nn.Module) -> dict[str, float]:
-    return {name: x for name, x in vars(module).items() if isinstance(x, int | float)}
 
 
 def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:
@@ -204,8 +164,8 @@ def evaluation_hooks(cfg: CfgNode, model: nn.Module, checkpointer: Checkpointer)
     chosen: list[HookBase] = [_validation_hook(cfg, model)] if cfg.TEST.LOSS_PERIOD > 0 else []
     metric = cfg.TEST.BEST_METRIC
     if metric and comm.is_main_process():
-        on_loss = metric.startswith("validation/")
-        period = cfg.TEST.LOSS_PERIOD if on_loss else cfg.TEST.EVAL_PERIOD
+        on_loss, at_end = metric.startswith("validation/"), metric.startswith("tta/")
+        period = cfg.TEST.LOSS_PERIOD if on_loss else 0 if at_end else cfg.TEST.EVAL_PERIOD
         chosen.append(BestCheckpointer(period, checkpointer, metric))
     return chosen
 

@@ -117,6 +117,8 @@ def launch(
         UserError: of the process that failed first.
     """
     run = _Run(main, args, placement, device, facts)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    args.restarted = placement.started and restarts != "0"
     with user_errors():
         if placement.local_size * placement.num_machines == 1:
             main(args)
@@ -203,15 +205,14 @@ class _Run:
             os.setpgid(0, 0)  # Ctrl-C goes to the terminal's process group; the agent passes it on
         # For data workers: by "spawn", which starts this process, each would import everything.
         multiprocessing.set_start_method("fork", force=True)
-        peers: list[tuple[int, str, int]] = []
+        peers: list[tuple[bool, str, int]] = []
         with user_errors():
             try:
                 _join(place.local_size, self.device, timedelta(seconds=args.dist_timeout))
                 counts = {"--num-gpus": place.local_size, "--num-machines": place.num_machines}
                 check_same({**{k: str(n) for k, n in counts.items()}, **versions(), **self.facts})
-                restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-                peers = comm.all_gather((restarts, socket.gethostname(), os.getpid()))
-                args.restarted = any(count for count, _, _ in peers)  # each agent counts its own
+                peers = comm.all_gather((args.restarted, socket.gethostname(), os.getpid()))
+                args.restarted = any(again for again, _, _ in peers)  # each agent counts its own
                 self.main(args)
             except SystemExit:
                 dist.destroy_process_group()

@@ -164,6 +164,7 @@ def _delete(folder: str, weights: str) -> None:
         CommonError: if MODEL.WEIGHTS is among it.
     """
     paths = [os.path.join(folder, n) for p in (_CHECKPOINTS, _REST) for n in _matching(folder, p)]
+    weights = weights.split("?")[0]
     if any(os.path.exists(weights) and os.path.samefile(p, weights) for p in paths):
         raise CommonError(
             f"MODEL.WEIGHTS {weights!r} is a file that --overwrite would delete: give another "

@@ -136,7 +136,8 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
         if culprit := _refused(error):
             raise UserError(
                 f"checkpoint {path!r} holds {culprit}, not only tensors and plain containers, so "
-                "that reading it could run code: give --trust-checkpoint if you trust its origin"
+                "that reading it could run code: train_net.py reads it with "
+                "--trust-checkpoint, if you trust its origin"
             ) from error
         reason = error.strerror if isinstance(error, OSError) else None
         reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -216,11 +217,16 @@ def _refused(error: Exception) -> str:
 def _with_model(path: str, content: dict[str, Any]) -> dict[str, Any]:
     """Bring the layouts of other projects' files to detectron2's."""
     if path.endswith(".pyth") and "model_state" in content:
-        weights = content["model_state"]
-        kept = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+        kept = _without(content["model_state"], "num_batches_tracked")
         return {"model": kept, "__author__": "pycls", "matching_heuristics": True}
     if path.endswith(".pkl") and "model" not in content:
-        weights = content.get("blobs", content)
-        kept = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+        kept = _without(content.get("blobs", content), "_momentum")
         return {"model": kept, "__author__": "Caffe2", "matching_heuristics": True}
     return content if "model" in content else {"model": content}
+
+
+def _without(weights: Any, suffix: str) -> Any:
+    """Weights without those of such names; :func:`weights_of` checks what else it may be."""
+    if not isinstance(weights, dict):
+        return weights
+    return {key: value for key, value in weights.items() if not str(key).endswith(suffix)}

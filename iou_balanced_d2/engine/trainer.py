@@ -130,12 +130,6 @@ class Trainer(DefaultTrainer):
             except Exception as error:
                 self._save_if_left_alone(error)
                 raise
-        if self.average is not None and comm.is_main_process():
-            content = {"model": self.average.state_dict()}
-            path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
-            write_atomically(path, partial(torch.save, content))
-        if comm.is_main_process():
-            write_curves(self.cfg.OUTPUT_DIR)
         return results
 
     def _exit(self, signum: int, *, together: bool) -> NoReturn:
@@ -194,12 +188,19 @@ class Trainer(DefaultTrainer):
             hook.after_step()
 
     def after_train(self) -> None:
-        """detectron2's hooks; no evaluation after a signal or an error."""
-        if self.iter >= self.max_iter:
+        """detectron2's hooks and model_ema.pth; no evaluation after a signal or an error."""
+        complete = self.iter >= self.max_iter
+        if complete:
             self._signals.check()
         else:
             self._hooks = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
         super().after_train()
+        if complete and comm.is_main_process():
+            if self.average is not None:
+                content = {"model": self.average.state_dict()}
+                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                write_atomically(path, partial(torch.save, content))
+            write_curves(self.cfg.OUTPUT_DIR)
 
     @classmethod
     def test_average(

@@ -104,10 +104,15 @@ def load_protocol(path: str, *, data: str = ".", weights: str = "") -> Protocol:
         raise UserError(f"protocol {path}: {error.full_key}: {reason}") from error
     protocol.config = (Path(path).parent / protocol.config).resolve()
     for settings in protocol.data_sets.values() if weights else ():
-        settings["MODEL.WEIGHTS"] = str(Path(weights).resolve())
+        settings["MODEL.WEIGHTS"] = _absolute(weights)
     for problem in _problems(protocol):
         raise UserError(f"protocol {path}: {problem}")
     return protocol
+
+
+def _absolute(weights: str) -> str:
+    """The path from the root; an address stays."""
+    return weights if "://" in weights else str(Path(weights).resolve())
 
 
 def _filled(value: Any, folder: str) -> Any:
@@ -182,7 +187,7 @@ def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -
         raise UserError(f"--seeds {num_seeds}: expected 1 or more (3 is usual)")
     base = {"MODEL.META_ARCHITECTURE": f"IoUBalanced{plain}"}
     if weights:
-        base["MODEL.WEIGHTS"] = str(Path(weights).resolve())
+        base["MODEL.WEIGHTS"] = _absolute(weights)
     powers = {key: cfg.MODEL.IOU_BALANCED[key] for key in ("CLS_ETA", "LOC_LAMBDA")}
     if not any(powers.values()):
         powers = {key: getattr(LossOptions(), key.lower()) for key in powers}

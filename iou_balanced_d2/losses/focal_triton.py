@@ -108,10 +108,11 @@ def background_sum(
     num_blocks = triton.cdiv(size, _BLOCK)
     partial_sums = torch.zeros(max(num_blocks, 1), dtype=torch.float32, device=logits.device)
     if num_blocks:
-        _forward_kernel[(num_blocks,)](
-            logits, row_class, partial_sums, size, factor, gamma,
-            K=logits.shape[1], BLOCK=_BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device(logits.device):  # Triton launches on the current one
+            _forward_kernel[(num_blocks,)](
+                logits, row_class, partial_sums, size, factor, gamma,
+                K=logits.shape[1], BLOCK=_BLOCK,
+            )  # fmt: skip
     # The order of summation is fixed. In float64, as there may be 10^4 partial sums.
     return partial_sums.double().sum()
 
@@ -130,8 +131,9 @@ def background_grad(
     grad = torch.empty_like(logits)
     size = logits.numel()
     if size:
-        _backward_kernel[(triton.cdiv(size, _BLOCK),)](
-            logits, row_class, grad_output.float(), grad, size, factor, gamma,
-            K=logits.shape[1], BLOCK=_BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device(logits.device):
+            _backward_kernel[(triton.cdiv(size, _BLOCK),)](
+                logits, row_class, grad_output.float(), grad, size, factor, gamma,
+                K=logits.shape[1], BLOCK=_BLOCK,
+            )  # fmt: skip
     return grad

@@ -1,6 +1,6 @@
 """The options of the losses: names, defaults, meanings and checks, once for all detectors."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -84,25 +84,3 @@ def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_plain_losses(keys: Mapping[str, Any]) -> None:
-    """Check the keys of a detector's plain losses.
-
-    Args:
-        keys: values of FOCAL_LOSS_ALPHA, FOCAL_LOSS_GAMMA, SMOOTH_L1_LOSS_BETA and
-            BBOX_REG_LOSS_TYPE; other keys are ignored.
-
-    Raises:
-        ValueError: if a value is out of its range; the message names the key.
-    """
-    alpha = keys.get("FOCAL_LOSS_ALPHA", 0.25)
-    if not alpha <= 1:
-        raise ValueError(
-            "FOCAL_LOSS_ALPHA must be at most 1 (below 0: positives and negatives weigh "
-            f"the same), got {alpha}"
-        )
-    for key in ("FOCAL_LOSS_GAMMA", "SMOOTH_L1_LOSS_BETA"):
-        check_not_negative(key, keys.get(key, 0.0))
-    box_loss = keys.get("BBOX_REG_LOSS_TYPE", "smooth_l1")
-    check_choice("BBOX_REG_LOSS_TYPE", box_loss, BOX_REG_LOSS_TYPES)

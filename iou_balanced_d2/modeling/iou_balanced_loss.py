@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..losses import LossOptions, iou_balanced_cls_weights
 from ..losses.focal import OwnTerms, focal_loss
-from ..losses.options import check_plain_losses
+from ..losses.options import BOX_REG_LOSS_TYPES, check_choice
 from ..losses.soft_targets import SOFT_TARGET_LOSSES
-from ..losses.weights import plain_and_balanced_sums
+from ..losses.weights import check_not_negative, plain_and_balanced_sums
 from .positives import Positives, find_positives, gather_anchors, gather_gt_boxes, gather_rows
 from .w_loc import WLocMeasurement
 
@@ -94,14 +94,14 @@ class IoUBalancedLoss(nn.Module):
             ValueError: if a value is out of its range; the message names the key.
         """
         super().__init__()
-        check_plain_losses(
-            {
-                "FOCAL_LOSS_ALPHA": focal_loss_alpha,
-                "FOCAL_LOSS_GAMMA": focal_loss_gamma,
-                "SMOOTH_L1_LOSS_BETA": smooth_l1_beta,
-                "BBOX_REG_LOSS_TYPE": box_reg_loss_type,
-            }
-        )
+        if not focal_loss_alpha <= 1:
+            raise ValueError(
+                "FOCAL_LOSS_ALPHA must be at most 1 (below 0: positives and negatives weigh the "
+                f"same), got {focal_loss_alpha}"
+            )
+        check_not_negative("FOCAL_LOSS_GAMMA", focal_loss_gamma)
+        check_not_negative("SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
+        check_choice("BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_REG_LOSS_TYPES)
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.options = options or LossOptions()

@@ -136,4 +136,5 @@ class WLocMeasurement(nn.Module):
         for name, buffer in self.named_buffers():
             buffer.copy_(state[name])
         self._num_updates = int(self.sums[0])
-        self._settled = self._num_updates >= self.options.loc_weight_steps
+        kept = self.options.loc_weight_rule != "running"
+        self._settled = kept and self._num_updates >= self.options.loc_weight_steps

@@ -267,6 +267,16 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     wait_for(lambda: max(p.name for p in out.glob("model_0*.pth")) > resumed, agents[0])
 
 
+def test_torchrun_restarts_one_process_alone(tmp_path, own_config, start):
+    out = tmp_path / "out"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    torchrun += ["--max-restarts", "1"]
+    agent = start("--overwrite", "--config-file", own_config, *LONG, before=torchrun)
+    wait_for((out / "last_checkpoint").exists, agent)
+    os.kill(workers_of(agent.pid)[0], signal.SIGKILL)
+    wait_for(lambda: "Loading from out/model_" in printed(tmp_path), agent)
+
+
 def test_sigterm_ends_processes_that_are_only_being_started(tmp_path, own_config, start):
     process = start("--num-gpus", "2", "--config-file", own_config, *LONG)
     workers = wait_for(lambda: len(w := workers_of(process.pid)) == 2 and w, process)

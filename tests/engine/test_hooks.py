@@ -14,7 +14,6 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
-from torch import nn
 
 from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.console import FirstIterations
@@ -22,7 +21,6 @@ from iou_balanced_d2.engine.hooks import (
     BestCheckpointer,
     FaultTolerantWriter,
     build_validation_loader,
-    losses_without_trace,
     validation_losses,
 )
 from iou_balanced_d2.engine.trainer import Trainer
@@ -118,15 +116,37 @@ def test_a_new_training_forgets_the_best_of_an_old_one(cfg, tmp_path):
     assert best_of(cfg)["iteration"] == 1
 
 
-def test_an_unknown_metric_is_logged_once(cfg, tmp_path, caplog):
-    trainer = scripted(cfg, [1.0, 2.0, 3.0], metric="bbox/AP57")
+def test_a_kill_before_the_best_is_saved_forgets_it(cfg, tmp_path, monkeypatch):
+    """Else its value would be kept without its weights, and nothing worse ever be saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(BestCheckpointer, "_best_checking", lambda _: None)
+        cfg.SOLVER.CHECKPOINT_PERIOD = 2
+        trainer = scripted(cfg, [10.0, 30.0, 20.0])
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    hook = BestCheckpointer(2, trainer.checkpointer, "bbox/AP75")
+    hook.trainer = trainer
+    monkeypatch.setattr(hook._checkpointer, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hook._best_checking()
+    assert not (tmp_path / "out/model_best.json").exists()
+
+
+def test_a_metric_of_the_end_is_looked_for_at_the_end(cfg):
+    cfg.merge_from_list(["TEST.BEST_METRIC", "tta/bbox/AP", "TEST.EVAL_PERIOD", 2])
+    (hook,) = (h for h in Trainer(cfg)._hooks if isinstance(h, BestCheckpointer))
+    assert hook._period == 0
+
+
+def test_missed_results_lose_no_file(cfg, tmp_path):
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 99.0, 0.1]]
+    cfg.MODEL.EMA.ENABLED = True
+    trainer = scripted(cfg, [1.0] * 6)
     trainer.resume_or_load(resume=False)
-    trainer.train()
-    messages = [r.getMessage() for r in caplog.records if "BEST_METRIC" in r.getMessage()]
-    assert len(messages) == 1
-    assert "'bbox/AP57' is not a result of the evaluation" in messages[0]
-    assert "did you mean 'bbox/AP75'? There are: bbox/AP, bbox/AP75" in messages[0]
-    assert not (tmp_path / "out/model_best.pth").exists()
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert (tmp_path / "out/model_ema.pth").exists()
+    assert (tmp_path / "out/curves.png").exists()
 
 
 def test_order_of_hooks(cfg):
@@ -203,14 +223,6 @@ def test_no_trace_in_the_model(architecture):
         {k: v for k, v in vars(m).items() if isinstance(v, float)} for m in model.modules()
     ]
     torch.testing.assert_close(LossState(model).state_dict(), losses, rtol=0, atol=0)
-
-
-def test_number_kept_for_the_first_time_is_forgotten():
-    """Stock RetinaNet's normaliser starts as an attribute it does not yet have."""
-    module = nn.Module()
-    with losses_without_trace(module):
-        module.normalizer = 3.0
-    assert not hasattr(module, "normalizer")
 
 
 def free_port():

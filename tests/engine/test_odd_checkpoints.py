@@ -102,6 +102,23 @@ def test_odd_contents_are_named(tmp_path, case):
     assert torch.equal(checkpointer.model.weight, before)
 
 
+# Of other projects' layouts: the file's suffix, its content, and what the line says.
+OTHERS = [
+    (".pkl", {"blobs": [1, 2]}, "list instead of weights"),
+    (".pkl", {"blobs": None}, "NoneType instead of weights"),
+    (".pkl", {1: np.ones(2)}, "the name 1 is not a text"),
+    (".pkl", {"blobs": {1: np.ones(2)}}, "the name 1 is not a text"),
+    (".pyth", {"model_state": [1]}, "list instead of weights"),
+    (".pyth", {"model_state": {1: W}}, "the name 1 is not a text"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content", "said"), OTHERS)
+def test_odd_contents_of_other_layouts_are_named(tmp_path, suffix, content, said):
+    path = write(tmp_path / f"x{suffix}", content)
+    assert said in refusal(trained().resume_or_load, path, resume=False)
+
+
 # Parts of a checkpoint -> what is in their place.
 PARTS = {
     "trainer none": ("trainer", None),

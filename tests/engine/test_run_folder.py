@@ -137,6 +137,9 @@ def test_only_what_a_training_has_written_is_deleted(tmp_path):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"model_final.pth' is a file that --overwrite would"):
         enter(tmp_path, str(tmp_path / "model_final.pth"), overwrite=True)
+    weights = str(tmp_path / "model_final.pth") + "?matching_heuristics=True"
+    with pytest.raises(UserError, match=r"that --overwrite would"):
+        enter(tmp_path, weights, overwrite=True)
     assert set(os.listdir(tmp_path)) == kept | gone
     assert not enter(tmp_path, str(tmp_path / "model_pretrained.pth"), overwrite=True)
     assert set(os.listdir(tmp_path)) == kept

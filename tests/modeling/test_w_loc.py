@@ -111,6 +111,15 @@ def test_state_of_each_rule_is_resumed_in_the_middle(rule):
         assert resumed.w_loc_measurement.w_loc == module.w_loc_measurement.w_loc
 
 
+def test_a_resumed_training_may_go_over_to_running():
+    measured, running = make_loss(loc_weight_steps=1), make_loss(loc_weight_rule="running")
+    measured(*make_batch(0))
+    running.load_training_state(measured.training_state())
+    running(*make_batch(1))
+    (expected,) = w_loc_over_steps("running", [1])
+    assert running.w_loc_measurement.w_loc.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("spread", "warned"), [(0.3, False), (1.2, True)])
 def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
     module = make_loss()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iou_balanced_d2.losses.focal import FocalTargets, OwnTerms
+from iou_balanced_d2.losses.focal import OwnTerms
 from iou_balanced_d2.modeling import IoUBalancedLoss
 from iou_balanced_d2.modeling.positives import Positives
 
@@ -33,23 +33,6 @@ def hard_negatives(loss: Tensor, labels: Tensor, num_classes: int, ratio: float)
     order = loss.masked_fill(~is_negative, -float("inf")).argsort(dim=1, descending=True)
     is_hard = torch.arange(loss.shape[1], device=loss.device) < ratio * num_positives
     return torch.zeros_like(is_negative).scatter(1, order, is_hard) & is_negative
-
-
-def mined_sum(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> Tensor:
-    """Sum of the positives' loss and of the hard negatives' (see :func:`hard_negatives`).
-
-    Args:
-        loss: (N, R) float, element-wise classification loss, the positives' weighted or not.
-        labels: (N, R) int64 class index; K is background, -1 ignored.
-        num_classes: number of classes, K.
-        ratio: negatives for one positive.
-
-    Returns:
-        scalar.
-    """
-    is_positive = (labels >= 0) & (labels != num_classes)
-    counts = is_positive | hard_negatives(loss, labels, num_classes, ratio)
-    return torch.where(counts, loss, 0.0).sum()
 
 
 class SSDLoss(IoUBalancedLoss):
@@ -85,22 +68,16 @@ class SSDLoss(IoUBalancedLoss):
         num_images = len(positives.blocks[0])
         weights = own.grad.split(positives.per_level)
         losses, labels = [], []
-        for logits, targets, level_weights in zip(
+        for logits, (rows, classes, ignored), level_weights in zip(
             flat_logits, positives.targets, weights, strict=True
         ):
-            level_labels = self._labels(targets, len(logits))
+            level_labels = rows.new_full((len(logits),), self.num_classes)
+            level_labels[rows], level_labels[ignored] = classes, -1
             loss = F.cross_entropy(logits.float(), level_labels, ignore_index=-1, reduction="none")
-            rows = targets.rows
             loss = loss.index_put((rows,), loss[rows] * level_weights)
             losses.append(loss.view(num_images, -1))
             labels.append(level_labels.view(num_images, -1))
-        return mined_sum(
-            torch.cat(losses, 1), torch.cat(labels, 1), self.num_classes, self.neg_pos_ratio
-        )
-
-    def _labels(self, targets: FocalTargets, num_rows: int) -> Tensor:
-        """The labels (num_rows,) int64 that a feature map's targets were read from."""
-        labels = targets.rows.new_full((num_rows,), self.num_classes)
-        labels[targets.rows] = targets.classes
-        labels[targets.ignored] = -1
-        return labels
+        loss, label = torch.cat(losses, 1), torch.cat(labels, 1)
+        is_positive = (label >= 0) & (label != self.num_classes)
+        counts = is_positive | hard_negatives(loss, label, self.num_classes, self.neg_pos_ratio)
+        return torch.where(counts, loss, 0.0).sum()

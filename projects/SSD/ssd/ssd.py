@@ -19,26 +19,20 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iou_balanced_d2.config import loss_options
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling import DetectorInterface
-from iou_balanced_d2.modeling.positives import (
-    find_positives,
-    gather_anchors,
-    gather_gt_boxes,
-    gather_rows,
-)
 
 from .augmentation import build_augmentation
 from .convert import convert_torchvision
 from .default_boxes import SSDMatcher
-from .losses import SSDLoss, mined_sum
+from .losses import SSDLoss
 from .vgg import xavier_init
+
+_PLAIN = LossOptions(cls_eta=0.0, loc_lambda=0.0, normalizer="batch")
 
 
 class SSDHead(nn.Module):
@@ -80,16 +74,25 @@ class SSD(RetinaNet, DetectorInterface):
     num_background_scores = 1
 
     @configurable
-    def __init__(self, *, neg_pos_ratio: float = 3.0, **retinanet: Any):
+    def __init__(
+        self, *, neg_pos_ratio: float = 3.0, iou_balanced: LossOptions = _PLAIN, **retinanet: Any
+    ):
         """Put the parts together.
 
         Args:
             neg_pos_ratio: hard negatives for one positive.
+            iou_balanced: the keys of ``MODEL.IOU_BALANCED``; by default the plain losses.
             retinanet: the arguments of detectron2's RetinaNet but for those of its focal loss; the
                 head is an :class:`SSDHead`.
         """
         super().__init__(**retinanet)
-        self.neg_pos_ratio = neg_pos_ratio
+        self.iou_balanced_loss = SSDLoss(
+            neg_pos_ratio=neg_pos_ratio,
+            num_classes=self.num_classes,
+            box2box_transform=self.box2box_transform,
+            options=iou_balanced,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -162,35 +165,8 @@ class SSD(RetinaNet, DetectorInterface):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The plain losses, divided by the number of positives (mean over processes).
-
-        Args:
-            anchors: L Boxes of R_l default boxes.
-            pred_logits: L tensors (N, R_l, K + 1), background last.
-            gt_labels: N tensors (R,) int64 class index; K is background.
-            pred_anchor_deltas: L tensors (N, R_l, 4).
-            gt_boxes: N tensors (R, 4), the box matched to each default box.
-
-        Returns:
-            "loss_cls" and "loss_box_reg", float32 scalars.
-        """
-        logits, labels = torch.cat(pred_logits, dim=1).float(), torch.stack(gt_labels)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        loss_cls = mined_sum(loss.view_as(labels), labels, self.num_classes, self.neg_pos_ratio)
-
-        level_sizes = [len(level) for level in anchors]
-        positives = find_positives(gt_labels, level_sizes, self.num_classes)
-        anchor = gather_anchors([level.tensor for level in anchors], positives)
-        gt = gather_gt_boxes(gt_boxes, level_sizes, positives)
-        deltas = gather_rows(pred_anchor_deltas, positives).float()
-        target = self.box2box_transform.get_deltas(anchor, gt)
-        loss_box_reg = F.smooth_l1_loss(deltas, target, reduction="sum", beta=self.smooth_l1_beta)
-
-        num_positives = torch.tensor(float(positives.num), device=self.device)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(num_positives)
-        normalizer = (num_positives / comm.get_world_size()).clamp(min=1)
-        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
+        """See :meth:`IoUBalancedLoss.forward`; the scores have a background, last."""
+        return self.iou_balanced_loss(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
 
     def forward_inference(
         self,
@@ -252,7 +228,7 @@ class SSD(RetinaNet, DetectorInterface):
 
 @META_ARCH_REGISTRY.register()
 class IoUBalancedSSD(SSD):
-    """SSD with another ``losses()``: same parameters, same inference.
+    """SSD with the IoU-balanced losses: same parameters, same inference.
 
     Its ``state_dict`` is SSD's, so checkpoints load strictly both ways.
     """
@@ -268,33 +244,15 @@ class IoUBalancedSSD(SSD):
         Raises:
             ValueError: if an option is not for SSD; the message names the key.
         """
-        super().__init__(**ssd)
+        super().__init__(iou_balanced=iou_balanced, **ssd)
         if iou_balanced.cls_loss != "iou_balanced":
             raise ValueError(
                 "MODEL.IOU_BALANCED.CLS_LOSS must be iou_balanced, got "
                 f"{iou_balanced.cls_loss!r}: SSD's scores are a softmax, and that loss needs a "
                 "sigmoid for each class"
             )
-        self.iou_balanced_loss = SSDLoss(
-            neg_pos_ratio=self.neg_pos_ratio,
-            num_classes=self.num_classes,
-            box2box_transform=self.box2box_transform,
-            options=iou_balanced,
-            smooth_l1_beta=self.smooth_l1_beta,
-        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """SSD's arguments and the options of ``MODEL.IOU_BALANCED``."""
         return {**super().from_config(cfg), "iou_balanced": loss_options(cfg)}
-
-    def losses(
-        self,
-        anchors: list[Boxes],
-        pred_logits: list[Tensor],
-        gt_labels: list[Tensor],
-        pred_anchor_deltas: list[Tensor],
-        gt_boxes: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """See :meth:`IoUBalancedLoss.forward`; arguments and keys are SSD's."""
-        return self.iou_balanced_loss(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
