@@ -71,6 +71,16 @@ def _check_pairs(opts: Sequence[str]) -> None:
         raise UserError(f"KEY VALUE options come in pairs, but {opts[-1]!r} is left over")
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
+        return value
+
+    return number
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="config file of the run")
 
@@ -134,7 +144,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true",
         help="exit with 1 for any problem, not only for those that would spoil a training",
         )  # fmt: skip
-    add("--most", type=int, default=10, help="problems named of each kind")
+    add("--most", type=_at_least(0), default=10, help="problems named of each kind")
     _add_opts(parser)
 
 
@@ -187,14 +197,14 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     add("--output", help="folder of the runs; output/<protocol> if not given")
     add("--records", help="folder for a small record of each complete run, see "
         "docs/comparing_runs.md; its detections may be deleted then")  # fmt: skip
-    add("--at-once", type=int, help="runs at the same time; else what memory holds")
+    add("--at-once", type=_at_least(1), help="runs at the same time; else what memory holds")
 
 
 def _add_visualize(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     add = parser.add_argument
     add("--output", help="folder of the pictures; OUTPUT_DIR/pictures if not given")
-    add("--num-images", type=int, default=16, help="how many to draw of each set")
+    add("--num-images", type=_at_least(1), default=16, help="how many to draw of each set")
     add("--threshold", type=float, default=0.4, help="lowest score drawn")
     _add_opts(parser)
 

@@ -53,6 +53,18 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     _sync_folder(folder)
 
 
+def make_folder(folder: str | Path, flag: str = "--output") -> None:
+    """Make a folder, and those above it; it may be there.
+
+    Raises:
+        UserError: naming the flag, if it can't be made.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {str(folder)!r} can't be written: {error.strerror}") from error
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Remove files that killed processes left unfinished; no process may be writing there.
 

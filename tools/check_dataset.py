@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """`iou-balanced-d2 check`: see iou_balanced_d2/commands/check_dataset.py."""
 
-import sys
-
 from iou_balanced_d2.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("check"))
+    raise SystemExit(run_command("check"))

@@ -71,6 +71,12 @@ def load(args: argparse.Namespace) -> DictConfig:
         cfg = LazyConfig.apply_overrides(cfg, args.opts)
     except Exception as error:  # of hydra or omegaconf
         raise UserError(f"{' '.join(args.opts)}: {str(error).splitlines()[0]}") from error
+    for part in PARTS:
+        if not isinstance(cfg[part], DictConfig):
+            raise UserError(f"{part} must have keys of its own, got {cfg[part]!r}")
+    for key in ("device", "init_checkpoint", "output_dir"):
+        if not isinstance(cfg.train[key], str):
+            raise UserError(f"train.{key} must be a text, got {cfg.train[key]!r}")
     try:
         instantiate(cfg.model.get("iou_balanced"))
     except ValueError as error:

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """`iou-balanced-d2 reproduce`: see iou_balanced_d2/commands/reproduce.py."""
 
-import sys
-
 from iou_balanced_d2.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("reproduce"))
+    raise SystemExit(run_command("reproduce"))

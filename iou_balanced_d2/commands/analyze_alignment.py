@@ -12,52 +12,33 @@ from typing import Any
 from tabulate import tabulate
 
 from ..analysis.alignment import dataset_files, write_alignment_report
-from ..analysis.page import clean
-from ..data import register_datasets_of
-from ..engine import load_config
+from ..analysis.comparison.compare import check_same_ground_truth
+from ..analysis.comparison.runs import load_run
 from ..errors import UserError
-
-RESULTS = "coco_instances_results.json"
+from .compare_runs import sides_of
 
 
 def named(words: Sequence[str]) -> dict[str, Path]:
-    """NAME=PATH words as a dict; a word that is a path alone gets its folder's or file's name."""
-    found: dict[str, Path] = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        if not equals or Path(word).exists():
-            path = word
-            name = Path(word).resolve().stem
-        name = clean(name)
-        if not name or name in found:
-            raise UserError(f"{word!r}: give each a name of its own, as in NAME={path}")
-        found[name] = Path(path)
-    return found
+    """[NAME=]PATH words as a dict; see :func:`sides_of`."""
+    sides = sides_of(list(words))
+    for name, paths in sides.items():
+        if len(paths) > 1:
+            raise UserError(f"{name!r} has {len(paths)} paths: give each by itself, NAME=PATH")
+    return {name: Path(path) for name, (path,) in sides.items()}
 
 
 def sources_of_runs(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Arguments of the report for each data set that the runs were evaluated on."""
-    sources: dict[str, dict[str, Any]] = {}
-    for run_name, folder in runs.items():
-        cfg = load_config(str(folder / "config.yaml"))
-        register_datasets_of(cfg)
-        for data_set in cfg.DATASETS.TEST:
-            results = folder / "inference" / data_set / RESULTS
-            if not results.is_file():
-                raise UserError(f"{results} not found: evaluate with train_net.py --eval-only")
-            files = {**dataset_files(data_set), "difficult": cfg.DATASETS.VOC_DIFFICULT}
-            source = sources.setdefault(data_set, {**files, "detections": {}})
-            source["detections"][run_name] = str(results)
-            if source["difficult"] != files["difficult"]:
-                raise UserError(
-                    f"{folder}: DATASETS.VOC_DIFFICULT is {files['difficult']!r}, but the first "
-                    f"run's is {source['difficult']!r}"
-                )
-    for data_set, source in sources.items():
-        missing = runs.keys() - source["detections"].keys()
-        if missing:
-            raise UserError(f"run {min(missing)!r} was not evaluated on data set {data_set!r}")
-    return sources
+    loaded = {name: load_run(folder) for name, folder in runs.items()}
+    check_same_ground_truth(list(loaded.values()))
+    return {
+        data_set: {
+            **dataset_files(data_set),
+            "difficult": truth.difficult,
+            "detections": {name: run.detections[data_set] for name, run in loaded.items()},
+        }
+        for data_set, truth in next(iter(loaded.values())).ground_truth.items()
+    }
 
 
 def print_summary(results: Mapping[str, Any]) -> None:

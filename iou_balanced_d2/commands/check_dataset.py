@@ -15,6 +15,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
+from ..analysis.page import clean
 from ..config import loss_options
 from ..data import check_datasets
 from ..data.anchors import anchor_advice, anchor_recall, expected_w_loc
@@ -22,6 +23,7 @@ from ..data.checks import LOW_RECALL
 from ..data.coco_format import REPAIRS
 from ..data.inspection import FATAL, PROBLEMS, Report, inspect
 from ..engine import load_config
+from ..files import make_folder
 
 
 def check(
@@ -32,7 +34,8 @@ def check(
     report = inspect(cfg, content, metadata.image_root, read_images=not args.quick)
     print(f"\n{name}: {report.num_images} images, {report.num_annotations} annotations, ", end="")
     print(f"{report.num_empty} images without any")
-    print(tabulate(report.classes.items(), headers=("class", "annotations"), tablefmt="github"))
+    counts = [(clean(name), number) for name, number in report.classes.items()]
+    print(tabulate(counts, headers=("class", "annotations"), tablefmt="github"))
     print_findings(report, args.most)
     if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE and report.num_annotations:
         print_anchors(cfg, content)
@@ -70,7 +73,7 @@ def draw(name: str, folder: str, most: int) -> None:
     """Boxes on the images with most of them; each picture is named after its image's id."""
     metadata = MetadataCatalog.get(name)
     records = sorted(DatasetCatalog.get(name), key=lambda d: -len(d["annotations"]))[:most]
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder, "--pictures")
     for record in records:
         with contextlib.suppress(Exception):  # it has been named above
             image = read_image(record["file_name"], "RGB")

@@ -14,6 +14,7 @@ python tools/compare_runs.py --by-dataset docs/evidence/*.json --output report
 
 import argparse
 import glob
+import math
 import os
 import re
 from pathlib import Path
@@ -48,7 +49,8 @@ def parse_side(text: str) -> tuple[str, list[str]]:
     if not paths:
         raise UserError(f"side {text!r} has no run")
     if not name:
-        name = Path(paths[0]).stem if os.path.isfile(paths[0]) else Path(paths[0]).name
+        first = Path(paths[0]).resolve()
+        name = first.stem if first.is_file() else first.name
         if len(paths) > 1:
             name = re.sub(r"[-_.]?(seed|run)?[-_.]?\d+$", "", name) or name
     return clean(name), paths
@@ -76,13 +78,23 @@ def print_summary(comparison: Comparison) -> None:
     columns = [comparison.metrics.index(name) for name in names]
     rows = []
     for side in comparison.sides:
-        rows.append([side.name, len(side.values), *side.mean()[columns]])
+        rows.append(
+            [side.name, len(side.values), *(_number(x, ".2f") for x in side.mean()[columns])]
+        )
     for name, found in comparison.differences.items():
-        rows.append([f"{name}: difference", "", *(f"{found[c].value:+.2f}" for c in columns)])
+        values = [_number(found[c].value, "+.2f") for c in columns]
+        rows.append([f"{name}: difference", "", *values])
     headers = ["", "runs", *names]
-    print(tabulate(rows, headers, tablefmt="pipe", floatfmt=".2f", disable_numparse=[0]))
+    align = ["left", *["right"] * (len(headers) - 1)]
+    print(tabulate(rows, headers, "pipe", colalign=align, disable_numparse=True))
     print()
     print("\n".join(comparison.verdicts()))
+    if max(len(side.values) for side in comparison.sides) == 1:
+        print("One run a side: this is about these two models. Another seed gives another AP.")
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
 
 
 def compare_by_dataset(args: argparse.Namespace) -> None:

@@ -6,56 +6,37 @@ python tools/convert_dataset.py cvat annotations.xml train.json --images photos
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 import xml.etree.ElementTree as ET
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..data.coco_format import clean_coco, load_json
-from ..data.conversion import coco_content
+from ..data.conversion import NamedObject, named_content
 from ..data.images import shown_size
 from ..data.inspection import missing_images
-from ..data.voc import IMAGE_SUFFIXES, VocImage, parse_voc_xml, voc_content
+from ..data.voc import IMAGE_SUFFIXES, parse_voc_xml, parse_xml
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import write_text
 
 
 class Set:
     """Images with their boxes, from whichever format, and what was no box."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.images: list[dict[str, Any]] = []
-        self.objects: list[tuple[int, str, list[float], int]] = []  # image, class, XYWH, crowd
+        self.images: list[tuple[str, int, int, list[NamedObject]]] = []
         self.left_out = 0
         self._folder = args.images
 
     def add(self, name: str, size: tuple[int, int] | None, boxes: Any, left_out: int = 0) -> None:
         """Add an image and globox's boxes; without a size it is read from the image."""
-        width, height = size or size_of(self._folder / name)
-        number = len(self.images) + 1
-        self.images.append({"id": number, "file_name": name, "width": width, "height": height})
-        self.objects += [(number, box.label, list(box.ltwh), 0) for box in boxes]
+        objects: list[NamedObject] = [(box.label, list(box.ltwh), {}) for box in boxes]
+        self.images.append((name, *(size or size_of(self._folder / name)), objects))
         self.left_out += left_out
-
-    def to_coco(self, classes: list[str] | None) -> dict[str, Any]:
-        """COCO's content, with the classes given or found."""
-        names = classes or sorted({label for _, label, _, _ in self.objects})
-        labels = {name: i for i, name in enumerate(names)}
-        of_image: dict[int, list[tuple[int, list[float], dict[str, Any]]]] = defaultdict(list)
-        for image, name, box, crowd in self.objects:
-            if name not in labels:
-                file = self.images[image - 1]["file_name"]
-                raise UserError(f"{file}: class {name!r} is not one of {', '.join(labels)}")
-            of_image[image].append((labels[name], box, {"iscrowd": crowd}))
-        return coco_content(
-            names,
-            [(i["file_name"], i["width"], i["height"], of_image[i["id"]]) for i in self.images],
-        )
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -118,9 +99,25 @@ def read_cvat(args: argparse.Namespace, found: Set) -> None:
         what = f"{args.annotations}: image {node.get('name')!r}"
         annotation = read(what, globox.Annotation.from_cvat, node)
         left_out = sum(child.tag != "tag" for child in node) - len(annotation.boxes)
-        found.add(annotation.image_id, annotation.image_size, annotation.boxes, left_out)
+        angles = read(what, angles_of, node)
+        boxes = [turned(*x) for x in zip(annotation.boxes, angles, strict=True)]
+        found.add(annotation.image_id, annotation.image_size, boxes, left_out)
     if not found.images:
         raise UserError(f'{args.annotations}: has no <image>; export as "CVAT for images"')
+
+
+def angles_of(image: ET.Element) -> list[float]:
+    """Degrees by which CVAT's boxes are turned; globox leaves them out."""
+    return [float(box.get("rotation") or 0) for box in image.iter("box")]
+
+
+def turned(box: Any, degrees: float) -> Any:
+    """The bounds of CVAT's box as it is shown: turned about its centre."""
+    x, y, w, h = box.ltwh
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width, height = w * cos + h * sin, w * sin + h * cos
+    x, y = x + (w - width) / 2, y + (h - height) / 2
+    return type(box)(label=box.label, xmin=x, ymin=y, xmax=x + width, ymax=y + height)
 
 
 def read_via(args: argparse.Namespace, found: Set) -> None:
@@ -134,6 +131,8 @@ def read_via(args: argparse.Namespace, found: Set) -> None:
         what = f"{args.annotations}: {name!r}"
         annotation = read(what, globox.Annotation.from_via_json, entry, label_key=key)
         left_out = len(entry["regions"]) - len(annotation.boxes)
+        if odd := [box.label for box in annotation.boxes if not isinstance(box.label, str)]:
+            raise UserError(f"{what}: the class must be a text, got {odd[0]!r}")
         found.add(annotation.image_id, None, annotation.boxes, left_out)
 
 
@@ -147,12 +146,12 @@ def label_key(path: Path, entries: dict[str, Any]) -> str:
     return str(next(iter(keys), ""))
 
 
-def voc_images(args: argparse.Namespace) -> Iterator[tuple[str, str, VocImage]]:
+def read_voc(args: argparse.Namespace, found: Set) -> None:
     for path in files_of(args.annotations, ".xml"):
         content = path.read_bytes()
         scene = parse_voc_xml(str(path), content)
-        stated = (ET.fromstring(content).findtext("filename") or path.stem).strip()
-        yield str(path), image_beside(path, stated, args.images), scene
+        stated = (parse_xml(str(path), content).findtext("filename") or path.stem).strip()
+        found.images.append((image_beside(path, stated, args.images), *scene))
 
 
 def read_openimages(args: argparse.Namespace, found: Set) -> None:
@@ -163,12 +162,11 @@ def read_openimages(args: argparse.Namespace, found: Set) -> None:
         what = f"{args.annotations}, line {i}"
         name, label, is_group, *shares = read(what, open_images_row, row)
         if name not in numbers:
-            found.add(files.get(name, name), None, [])
             numbers[name] = len(found.images)
-        image = found.images[numbers[name] - 1]
-        size = [image["width"], image["height"]] * 2
-        x1, y1, x2, y2 = (share * side for share, side in zip(shares, size, strict=True))
-        found.objects.append((numbers[name], label, [x1, y1, x2 - x1, y2 - y1], is_group))
+            found.add(files.get(name, name), None, [])
+        _, width, height, objects = found.images[numbers[name]]
+        x1, y1, x2, y2 = (s * side for s, side in zip(shares, (width, height) * 2, strict=True))
+        objects.append((label, [x1, y1, x2 - x1, y2 - y1], {"iscrowd": is_group}))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -191,24 +189,17 @@ def run(args: argparse.Namespace) -> None:
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: not a folder")
     found = Set(args)
-    if args.format == "voc":
-        scenes = list(voc_images(args))
-        classes = args.classes or sorted({o[0] for *_, scene in scenes for o in scene.objects})
-        content = voc_content(scenes, classes)
-    else:
-        readers = {"labelme": read_labelme, "cvat": read_cvat, "via": read_via,
-                   "openimages": read_openimages}  # fmt: skip
-        readers[args.format](args, found)
-        content = found.to_coco(args.classes)
-    content = clean_coco(content)
+    readers = {"labelme": read_labelme, "cvat": read_cvat, "via": read_via, "voc": read_voc,
+               "openimages": read_openimages}  # fmt: skip
+    readers[args.format](args, found)
+    content = clean_coco(named_content(found.images, args.classes))
     missing = missing_images(content, str(args.images))
     if missing:
         print(f"{len(missing)} of {len(content['images'])} images are missing, such as "
               f"{missing[0]!r}; --images names their folder", file=sys.stderr)  # fmt: skip
     if found.left_out:
         print(f"{found.left_out} shapes that are no boxes are left out", file=sys.stderr)
-    text = json.dumps(content)
-    write_atomically(args.output, lambda f: f.write(text.encode()))
+    write_text(args.output, json.dumps(content))
     classes = ", ".join(c["name"] for c in content["categories"])
     print(f"{len(content['images'])} images, {len(content['annotations'])} boxes, "
           f"classes: {classes}")  # fmt: skip

@@ -25,17 +25,17 @@ from ..analysis.boxes import draw_boxes
 from ..data import known_classes, register_datasets_of
 from ..data.images import fault_of
 from ..data.inspection import PROBLEMS
+from ..data.loading import build_mapper
 from ..engine import load_config
 from ..engine.checkpoint import RobustCheckpointer
 from ..engine.checks import check_weights
 from ..engine.config import choose_device
 from ..engine.rehearsal import check_build
 from ..errors import UserError
-from .visualize_results import MIN_WIDTH, free_name
+from ..files import make_folder
+from .visualize_results import MAX_SIDE, free_name, picture_scale
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-# No picture is drawn larger: drawing takes some 50 bytes a pixel.
-MAX_SIDE = 6000
 
 
 def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
@@ -92,7 +92,7 @@ def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> np.ndarra
         f"{names[k] if names else k} {score:.0%}"
         for k, score in zip(classes, found.scores.tolist(), strict=True)
     ]
-    scale = min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
+    scale = picture_scale(image)
     boxes = found.pred_boxes.tensor.numpy()
     return draw_boxes(image[:, :, ::-1], boxes, classes, labels, scale)[:, :, ::-1]
 
@@ -127,6 +127,8 @@ def load_predictor(cfg: CfgNode) -> DefaultPredictor:
     without.MODEL.WEIGHTS = ""  # detectron2's predictor would run code that a file holds
     predictor = DefaultPredictor(without)
     RobustCheckpointer(predictor.model, strict=True).load(cfg.MODEL.WEIGHTS)
+    # As in evaluation; SSD's resizing is not detectron2's.
+    (predictor.aug,) = build_mapper(cfg, is_train=False).augmentations.augs
     return predictor
 
 
@@ -139,10 +141,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)
     output = Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
+    make_folder(output)
     # Warned of by detectron2's anchor generator; the user can't change it.
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     predict = load_predictor(cfg)

@@ -26,6 +26,7 @@ from ..engine.checkpoint import RobustCheckpointer
 from ..engine.checks import check_weights
 from ..engine.rehearsal import check_build
 from ..errors import UserError
+from ..files import make_folder
 from ..modeling.export import (
     OUTPUT_NAMES,
     Detections,
@@ -112,10 +113,7 @@ def run(args: argparse.Namespace) -> None:
     check_weights(cfg, resume=False, eval_only=True)
     register_datasets_of(cfg)
     check_build(cfg, args.config_file, args.opts, training=False)
-    try:
-        os.makedirs(args.output, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output!r} can't be written: {error.strerror}") from error
+    make_folder(args.output)
     image = sample_image(cfg, args.image)
     model = build_model(cfg)
     plain = plain_detector(model)
@@ -126,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     description = describe(cfg)
     if not description["class_names"]:
         print("export_model.py: warning: model.json has no class names, as no data set of the "
-              "config can be read here", file=sys.stderr)  # fmt: skip
+              "config that can be read here has as many classes", file=sys.stderr)  # fmt: skip
     with open(os.path.join(args.output, "model.json"), "w", encoding="utf-8") as f:
         json.dump(description, f, indent=2)
     with torch.no_grad():

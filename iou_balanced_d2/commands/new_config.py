@@ -18,22 +18,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from ..analysis.page import clean
 from ..data import check_datasets
 from ..data.anchors import AnchorGrid, anchor_recall
 from ..data.coco_format import class_names
+from ..data.inspection import has_object
 from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
 from ..engine import Trainer, load_config
 from ..engine.config import choose_device
 from ..engine.faults import user_errors
 from ..errors import UserError
-from ..files import write_atomically, write_text
+from ..files import make_folder, write_text
 from ..model_zoo import get_config_file
 
 HELD_OUT = 0.2  # of the training images, where no split is there to judge by
@@ -116,8 +118,10 @@ def run(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     device = DEVICES[args.device or ("cuda" if torch.cuda.is_available() else "cpu")]
     splits = find_splits(args.photos)
+    if not has_object(splits["train"].content, "ignore"):
+        raise UserError(f"{args.photos}: no photo to train on has a usable box")
     judge = next((split for split in ("valid", "test") if split in splits), "")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output.parent)
     if not judge:
         splits, judge = hold_out(splits["train"], args.photos, args.output), "valid"
     base = load_config(get_config_file(device.base))
@@ -147,25 +151,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is there already: name another, or --overwrite")
     if args.weights and "://" not in args.weights and not Path(args.weights).is_file():
         raise UserError(f"--weights {args.weights!r} not found")
-    if args.epochs is not None and not args.epochs > 0:
-        raise UserError(f"--epochs must be more than 0, got {args.epochs:g}")
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
+        raise UserError(f"--epochs must be a number above 0, got {args.epochs:g}")
 
 
 def hold_out(split: Split, photos: Path, output: Path) -> dict[str, Split]:
     """Hold out a part by a fixed seed; both parts are COCO JSON files beside the config."""
     folder = output.resolve().parent / SPLITS_FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     parts = split_images(split.content, HELD_OUT, photos.name)
     found = {}
     for name, content in zip(("train", "valid"), parts, strict=True):
         path = folder / f"{output.stem}_{name}.json"
-        write_atomically(path, partial(write_json, content))
+        write_text(path, json.dumps(content))
         found[name] = Split("COCO_JSON", [str(path), split.image_root], content, split.image_root)
     return found
-
-
-def write_json(content: dict[str, Any], file: IO[bytes]) -> None:
-    file.write(json.dumps(content).encode())
 
 
 def choose(
@@ -264,7 +264,7 @@ def model_settings(
         ("MODEL.DEVICE", device.name, ""),
         ("MODEL.WEIGHTS", weights, "Trained on ImageNet. An address is downloaded once; without a "
          "network: new-config --weights R-50.pkl."),
-        ("MODEL.RETINANET.NUM_CLASSES", len(names), ", ".join(names)),
+        ("MODEL.RETINANET.NUM_CLASSES", len(names), ", ".join(map(clean, names))),
         ("MODEL.IOU_BALANCED.CLS_ETA", 1.5, "The paper's powers of the IoU. 0.0 is the plain loss; "
          "`reproduce` trains with both and compares."),
         ("MODEL.IOU_BALANCED.LOC_LAMBDA", 1.5, ""),
@@ -303,6 +303,10 @@ def solver_settings(
     ]  # fmt: skip
 
 
+# (YAML would read an emoji's two escapes as two characters.)
+to_json = partial(json.dumps, ensure_ascii=False)
+
+
 def to_yaml(settings: Settings) -> str:
     """Config keys, by section, each with its reason above it."""
     lines: list[str] = []
@@ -315,9 +319,9 @@ def to_yaml(settings: Settings) -> str:
         sections, indent = parents, "  " * len(parents)
         lines += [f"{indent}# {x}" for x in textwrap.wrap(reason, 96 - len(indent))]
         if isinstance(value, list) and value and isinstance(value[0], list):
-            lines += [f"{indent}{last}:", *(f"{indent}  - {json.dumps(x)}" for x in value)]
+            lines += [f"{indent}{last}:", *(f"{indent}  - {to_json(x)}" for x in value)]
         else:
-            lines.append(f"{indent}{last}: {json.dumps(value)}")
+            lines.append(f"{indent}{last}: {to_json(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -346,7 +350,7 @@ def summary(splits: dict[str, Split], chosen: Chosen) -> str:
     images = ", ".join(f"{name} {len(s.content['images'])}" for name, s in splits.items())
     names = class_names(splits["train"].content)
     return (
-        f"Images: {images}. Classes: {len(names)} ({', '.join(names[:8])})\n"
+        f"Images: {images}. Classes: {len(names)} ({', '.join(map(clean, names[:8]))})\n"
         f"Sizes: up to {chosen.max_size} px; anchors x {chosen.scale:g}, which "
         f"{chosen.recall:.0%} of the boxes meet\n"
         f"Schedule: {chosen.iterations} iterations of {chosen.batch} images, "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..analysis.comparison import by_dataset
 from ..analysis.comparison.by_dataset import effect_of, seeds_sentence
+from ..errors import UserError
 from ..experiments.evidence import record_file
 from ..experiments.experiment import Experiment, how_many_at_once
 from ..experiments.protocol import Protocol, load_protocol, protocol_of_config
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         protocol = protocol_of_config(args.config_file, args.seeds, weights=args.weights)
     else:
         protocol = load_protocol(args.protocol, data=args.data, weights=args.weights)
+    if len(protocol.variants) < 2:
+        raise UserError(f"{args.protocol}: one variant alone: there is nothing to compare it with")
     output = Path(args.output or f"output/{protocol.name}").resolve()
     at_once = args.at_once or how_many_at_once(protocol.memory_gib)
     records = Path(args.records).resolve() if args.records else None

@@ -21,9 +21,17 @@ from ..analysis.boxes import draw_boxes
 from ..data import check_datasets
 from ..engine import load_config
 from ..errors import UserError
+from ..files import make_folder
 
 # Small images are enlarged to about this width, so that thin lines and labels can be read.
 MIN_WIDTH = 640
+# No picture is drawn larger: drawing takes some 50 bytes a pixel.
+MAX_SIDE = 6000
+
+
+def picture_scale(image: np.ndarray) -> float:
+    """Of the picture to the image (h, w, 3): small ones are enlarged, huge ones reduced."""
+    return min(max(1.0, MIN_WIDTH / image.shape[1]), MAX_SIDE / max(image.shape[:2]))
 
 
 def read_detections(cfg: CfgNode, name: str) -> dict[int, list[dict[str, Any]]]:
@@ -42,8 +50,9 @@ def draw_pair(
 ) -> np.ndarray:
     """Detections on the left, ground truth on the right; (H, W, 3) uint8 RGB."""
     image = read_image(record["file_name"], "RGB")
-    scale = max(1.0, MIN_WIDTH / image.shape[1])
-    names, to_class = metadata.thing_classes, metadata.get("thing_dataset_id_to_contiguous_id")
+    scale, names = picture_scale(image), metadata.thing_classes
+    # Data sets that detectron2 converted have no other ids than the indices.
+    to_class = metadata.get("thing_dataset_id_to_contiguous_id") or range(len(names))
     kept = sorted((d for d in found if d["score"] >= threshold), key=lambda d: -d["score"])
     boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in kept]
     classes = [to_class[d["category_id"]] for d in kept]
@@ -84,7 +93,7 @@ def visualize(cfg: CfgNode, output: Path, num_images: int, threshold: float) -> 
     for name in cfg.DATASETS.TEST:
         detections = read_detections(cfg, name)
         records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         written: set[str] = set()
         for record in tqdm(records[:num_images], desc=name):
             picture = draw_pair(record, detections[record["image_id"]], metadata, threshold)

@@ -2,9 +2,9 @@
 
 import os
 
-from .checks import check_datasets
+from .checks import check_datasets, known_classes
 from .cityscapes import register_cityscapes
-from .coco import known_classes, register_coco_json, register_datasets_of
+from .coco import register_coco_json, register_datasets_of
 from .conversion import prepare_dataset
 from .demo import register_demo_datasets
 from .voc import check_difficult_policy, register_voc, register_voc_folder, training_dicts

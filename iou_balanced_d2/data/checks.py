@@ -1,5 +1,6 @@
 """Checks of the data before training starts."""
 
+import contextlib
 import difflib
 import logging
 import os
@@ -67,7 +68,7 @@ def check_datasets(
             classes = _check_known(name) if name in _TRUSTED else []
             if name in _TRUSTED and not read_images and look is None:
                 pass
-            elif MetadataCatalog.get(name).get("json_file"):
+            elif {"json_file", "image_root"} <= MetadataCatalog.get(name).as_dict().keys():
                 content = read_coco_json(MetadataCatalog.get(name).json_file)
                 check_folder(MetadataCatalog.get(name).image_root)
                 if look is None:
@@ -98,6 +99,25 @@ def detector_node(cfg: CfgNode) -> str | None:
         if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name in architecture:
             return str(name)
     return None
+
+
+def known_classes(cfg: CfgNode) -> list[str]:
+    """The classes in their order, by the first of the config's data sets that is here and fits.
+
+    Args:
+        cfg: the full config, its own data sets registered.
+
+    Returns:
+        the names; empty if no data set can be read, or none has as many as the detector.
+    """
+    node = detector_node(cfg)
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        with contextlib.suppress(UserError):  # its files are not here
+            prepare_dataset(name)
+        names = MetadataCatalog.get(name).get("thing_classes", [])
+        if names and (node is None or len(names) == cfg.MODEL[node].NUM_CLASSES):
+            return list(names)
+    return []
 
 
 def _check_same_classes(known: dict[str, list[str]], name: str, classes: list[str]) -> None:

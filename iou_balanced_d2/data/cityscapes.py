@@ -15,6 +15,7 @@ The rules, those of Cityscapes' own label images where these have one:
 * Groups (``cargroup``, ...) are ``iscrowd`` of their class.
 """
 
+import glob
 import json
 import logging
 import os
@@ -96,22 +97,12 @@ class CityscapesSource:
     def _names(self) -> list[str]:
         """The annotation files, relative to their root: <city>/<image>_gtFine_polygons.json."""
         root = self._annotation_root()
-        try:
-            with os.scandir(root) as entries:
-                cities = sorted(entry.name for entry in entries if entry.is_dir())
-        except OSError as error:
-            raise UserError(
-                f"{root}: not found; set the environment variable DETECTRON2_DATASETS to the "
-                "folder that holds cityscapes"
-            ) from error
-        names = [
-            os.path.join(city, name)
-            for city in cities
-            for name in sorted(os.listdir(os.path.join(root, city)))
-            if name.endswith(_POLYGONS)
-        ]
+        names = sorted(glob.glob(f"*/*{_POLYGONS}", root_dir=root), key=os.path.split)
         if not names:
-            raise UserError(f"{root}: has no <city>/*{_POLYGONS}")
+            raise UserError(
+                f"{root}: not found, or has no <city>/*{_POLYGONS}; set the environment variable "
+                "DETECTRON2_DATASETS to the folder that holds cityscapes"
+            )
         return names
 
     def _image_of(self, name: str) -> str:

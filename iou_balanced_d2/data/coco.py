@@ -1,17 +1,15 @@
 """Data sets of one's own: annotations in COCO's JSON format and a folder of images."""
 
-import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from ..errors import UserError
 from . import coco_format
 from .coco_format import read_coco_json
-from .conversion import prepare_dataset, register_converted, source_digest, stamp
+from .conversion import register_converted, source_digest, stamp
 from .voc import register_voc_folder
 from .yolo import register_yolo_folder
 
@@ -70,49 +68,23 @@ def register_datasets_of(cfg: CfgNode) -> None:
     for key, register, form in (
         ("COCO_JSON", register_coco_json, "[name, json file, image folder]"),
         ("YOLO_FOLDER", register_yolo_folder, "[name, data.yaml, split]"),
-    ):
+        ("VOC_FOLDER", register_voc_folder,
+         "[name, folder, split] or [name, folder, split, [class names]]"),
+    ):  # fmt: skip
         for entry in cfg.DATASETS[key]:
-            if not (isinstance(entry, (list, tuple)) and [type(x) for x in entry] == [str] * 3):
+            texts = entry
+            if key == "VOC_FOLDER" and isinstance(entry, (list, tuple)) and len(entry) == 4:
+                texts = entry[:3] if _are_texts(entry[3]) else ()
+            if not (_are_texts(texts) and len(texts) == 3):
                 raise UserError(f"DATASETS.{key}: expected {form}, got {entry!r}")
             register(*entry)
     for key in ("TRAIN", "TEST"):
-        if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
+        if not _are_texts(cfg.DATASETS[key]):
             raise UserError(f"DATASETS.{key}: expected names, got {cfg.DATASETS[key]!r}")
-    for entry in cfg.DATASETS.VOC_FOLDER:
-        if not _is_voc_entry(entry):
-            raise UserError(
-                "DATASETS.VOC_FOLDER: expected [name, folder, split] or "
-                f"[name, folder, split, [class names]], got {entry!r}"
-            )
-        register_voc_folder(*entry)
 
 
-def known_classes(cfg: CfgNode) -> list[str]:
-    """The classes in their order, by the first of the config's data sets that is here.
-
-    Args:
-        cfg: the full config, its own data sets registered.
-
-    Returns:
-        the names; empty if no data set can be read.
-    """
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        with contextlib.suppress(UserError):  # its files are not here
-            prepare_dataset(name)
-        if names := MetadataCatalog.get(name).get("thing_classes"):
-            return list(names)
-    return []
-
-
-def _is_voc_entry(entry: Any) -> bool:
-    if not (isinstance(entry, (list, tuple)) and len(entry) in (3, 4)):
-        return False
-    texts = [*entry[:3]]
-    if len(entry) == 4:
-        if not isinstance(entry[3], (list, tuple)):
-            return False
-        texts += entry[3]
-    return all(isinstance(text, str) for text in texts)
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 def check_folder(image_root: str) -> None:

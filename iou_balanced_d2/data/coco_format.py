@@ -49,7 +49,8 @@ class _Found:
 
     def __init__(self, info: Any) -> None:
         # A clean file, read again, has the account of its making.
-        known = info if isinstance(info, dict) and info.keys() >= {"repairs", "problems"} else {}
+        self.is_clean = isinstance(info, dict) and info.keys() >= {"repairs", "problems"}
+        known = info if self.is_clean else {}
         self.repairs: dict[str, list[Any]] = dict(known.get("repairs", {}))
         self.problems: dict[str, list[str]] = dict(known.get("problems", {}))
 
@@ -90,7 +91,7 @@ def load_json(path: str) -> Any:
         raise UserError(f"{path}: not a JSON file: {error}{hint}") from error
 
 
-def read_coco_json(json_file: str) -> dict[str, Any]:
+def read_coco_json(json_file: str, content: Any = None) -> dict[str, Any]:
     """Read annotations in COCO's instance format into a clean form.
 
     Images have "id", "file_name", "width" and "height"; annotations "id" from 1 on, "image_id" and
@@ -101,6 +102,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
 
     Args:
         json_file: its path.
+        content: of the file, where it has been loaded.
 
     Returns:
         the lists "images", "annotations" and "categories", and "info": "repairs", kind in
@@ -111,7 +113,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         UserError: if it can't be read, or something in it can't be understood.
     """
     try:
-        return clean_coco(load_json(json_file))
+        return clean_coco(load_json(json_file) if content is None else content)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(json_file) else f"{json_file}: {text}") from error
@@ -145,7 +147,10 @@ def clean_coco(content: Any) -> dict[str, Any]:
         "annotations": annotations,
         # In detectron2's order of the classes.
         "categories": sorted(
-            ({**_id_of(raw, category_ids), "name": raw["name"]} for raw in content["categories"]),
+            (
+                {**_id_of(raw, category_ids, found), "name": raw["name"]}
+                for raw in content["categories"]
+            ),
             key=lambda category: category["id"],
         ),
     }
@@ -210,9 +215,11 @@ def _is_id(value: Any, *, least: int) -> bool:
     return type(value) is int and least <= value < _MAX_ID
 
 
-def _id_of(raw: dict[str, Any], ids: Ids) -> dict[str, Any]:
+def _id_of(raw: dict[str, Any], ids: Ids, found: _Found) -> dict[str, Any]:
     """The id of an image or category, and what it was in the user's file if that differs."""
-    original, number = raw.get("original_id", raw["id"]), ids[str(raw["id"])][1]
+    number = ids[str(raw["id"])][1]
+    # In a user's file the field is the user's own, of any meaning.
+    original = raw.get("original_id", raw["id"]) if found.is_clean else raw["id"]
     return {"id": number} if original == number else {"id": number, "original_id": original}
 
 
@@ -228,7 +235,7 @@ def _image(raw: dict[str, Any], i: int, ids: Ids, found: _Found) -> dict[str, An
         found.repaired("file_name", f"images[{i}]: {name}")
         name = name.replace("\\", "/")
     size = {"width": int(width), "height": int(height)}
-    return {**_id_of(raw, ids), "file_name": name, **size}
+    return {**_id_of(raw, ids, found), "file_name": name, **size}
 
 
 def _annotation(

@@ -381,6 +381,34 @@ def coco_content(classes: Iterable[str], images: Iterable[AnnotatedImage]) -> di
     return content
 
 
+# Name of the class, XYWH box, further fields.
+NamedObject = tuple[str, list[float], dict[str, Any]]
+
+
+def named_content(
+    images: Sequence[tuple[str, int, int, Sequence[NamedObject]]], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """:func:`coco_content` of objects that have the name of their class.
+
+    Args:
+        images: file name, width, height and objects of each.
+        classes: in their order; None for the sorted names found.
+
+    Raises:
+        UserError: if an object is of another class.
+    """
+    classes = classes or sorted({name for *_, objects in images for name, *_ in objects})
+    numbers = {name: i for i, name in enumerate(classes)}
+    for file, *_, objects in images:
+        if unknown := [name for name, *_ in objects if name not in numbers]:
+            raise UserError(f"{file}: class {unknown[0]!r} is not one of {', '.join(numbers)}")
+    numbered = [
+        (file, width, height, [(numbers[name], box, fields) for name, box, fields in objects])
+        for file, width, height, objects in images
+    ]
+    return coco_content(classes, numbered)
+
+
 def source_digest(*modules: str) -> str:
     """The digest of source files, taken when they are loaded.
 

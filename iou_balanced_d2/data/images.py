@@ -6,9 +6,17 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that swap the sides
 
 
+def _orientation(image: Image.Image) -> int:
+    """By the EXIF data; broken ones are none, as for detectron2."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # PIL raises SyntaxError and others
+        return 1
+
+
 def is_turned(image: Image.Image) -> bool:
     """Whether an image's EXIF data turn it by 90 degrees."""
-    return image.getexif().get(_ORIENTATION, 1) in _TURNED
+    return _orientation(image) in _TURNED
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
@@ -30,5 +38,5 @@ def fault_of(image: Image.Image) -> str:
     """
     if image.mode[0] in "IF":  # PIL's modes of more than 8 bit: I;16, I, F
         return "not 8 bit"
-    is_right = image.format != "TIFF" or image.getexif().get(_ORIENTATION, 1) == 1
+    is_right = image.format != "TIFF" or _orientation(image) == 1
     return "" if is_right else "turned TIFF"

@@ -78,11 +78,6 @@ class Report:
         for name, where in problems:
             self.problems.setdefault(name, []).append(where)
 
-    @property
-    def num_problems(self) -> int:
-        """Number of problems of all kinds."""
-        return sum(map(len, self.problems.values()))
-
 
 def inspect_annotations(content: dict[str, Any]) -> Report:
     """The cheap part: everything that the annotations alone show.

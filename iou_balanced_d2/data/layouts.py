@@ -12,11 +12,10 @@ import yaml
 
 from ..errors import UserError
 from ..files import read_yaml
-from .coco import CocoSource
-from .coco_format import clean_coco, load_json
+from .coco_format import clean_coco, load_json, read_coco_json
 from .conversion import CACHE_FOLDER, Source
 from .formats import hint_for_folder
-from .voc import IMAGE_SUFFIXES, VocSource, parse_voc_xml, voc_content
+from .voc import VocSource
 from .yolo import YoloSource
 
 # Where splits are kept that a set without any got; no data set of its own.
@@ -134,7 +133,8 @@ def _voc(folder: Path) -> dict[str, Split]:
         }.items()
     }  # fmt: skip
     if not chosen["train"]:
-        return {"train": _voc_without_lists(folder)}
+        source = VocSource(str(folder), (("", ""),), None)  # which COCO's content is made of,
+        return {"train": _convert("", [], source)}  # since no list can be named
     return {
         split: _convert(
             "VOC_FOLDER", [str(folder), name], VocSource(str(folder), (("", name),), None)
@@ -142,18 +142,6 @@ def _voc(folder: Path) -> dict[str, Split]:
         for split, name in chosen.items()
         if name
     }
-
-
-def _voc_without_lists(folder: Path) -> Split:
-    """All photos that have an annotation; as COCO's content, since no list can be named."""
-    images = {p.stem: p for p in (folder / "JPEGImages").iterdir() if p.suffix in IMAGE_SUFFIXES}
-    scenes = [
-        (str(xml), f"JPEGImages/{images[xml.stem].name}", parse_voc_xml(str(xml), xml.read_bytes()))
-        for xml in sorted((folder / "Annotations").glob("*.xml"))
-        if xml.stem in images
-    ]
-    classes = sorted({name for *_, scene in scenes for name, _, _ in scene.objects})
-    return Split("", [], clean_coco(voc_content(scenes, classes)), str(folder))
 
 
 def _coco(folder: Path) -> dict[str, Split]:
@@ -170,9 +158,10 @@ def _coco(folder: Path) -> dict[str, Split]:
         if len(files) > 1:
             names = " and ".join(str(file) for file, _ in files[:2])
             raise UserError(f"{names}: both could be the {split} split; move one of them away")
-        (file, content) = files[0]
-        root = _image_root(folder, file, content)
-        splits[split] = _convert("COCO_JSON", [str(file), root], CocoSource(str(file), root))
+        file, content = files[0]
+        clean = read_coco_json(str(file), content)
+        root = _image_root(folder, file, clean)
+        splits[split] = Split("COCO_JSON", [str(file), root], clean, root)
     return splits
 
 
@@ -192,13 +181,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _image_root(folder: Path, file: Path, content: dict[str, Any]) -> str:
     """The folder that has the images of a COCO file: that beside it, or one of the data set's."""
-    images = [i for i in content["images"] if isinstance(i, dict) and i.get("file_name")]
-    names = [str(image["file_name"]).replace("\\", "/") for image in (images[:1] + images[-1:])]
+    names = [content["images"][i]["file_name"] for i in (0, -1)]
     for root in (file.parent, *(path for path, _ in _walk(folder))):
-        if names and all((root / name).is_file() for name in names):
+        if all((root / name).is_file() for name in names):
             return str(root)
-    shown = names[0] if names else "no image"
-    raise UserError(f"{file}: its images ({shown}, ...) are in no folder below {folder}")
+    raise UserError(f"{file}: its images ({names[0]}, ...) are in no folder below {folder}")
 
 
 def dataset_name(folder: Path, split: str) -> str:

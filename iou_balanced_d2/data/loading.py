@@ -67,8 +67,9 @@ def drop_bad_boxes(dicts: list[dict[str, Any]], name: str) -> list[dict[str, Any
     """
     kept, dropped = [], 0
     for d in dicts:
-        annotations = [a for a in d["annotations"] if is_good_box(a, d["width"], d["height"])]
-        dropped += len(d["annotations"]) - len(annotations)
+        given = d.get("annotations", [])
+        annotations = [a for a in given if is_good_box(a, d["width"], d["height"])]
+        dropped += len(given) - len(annotations)
         kept.append({**d, "annotations": annotations})
     if dropped:
         logger.warning(

@@ -15,15 +15,16 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .conversion import (
-    coco_content,
+    NamedObject,
     map_files,
+    named_content,
     read_bytes,
     read_text,
     register_converted,
@@ -48,28 +49,12 @@ _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*encoding=["']([\w.-]+)["'][^>]*\?>"
 
 
 @dataclass(frozen=True)
-class VocImage:
-    """One annotated image.
-
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        objects: class name, the 4 coordinates as annotated (1-based, inclusive) and difficult
-            (0 or 1) of each object.
-    """
-
-    width: int
-    height: int
-    objects: list[tuple[str, list[float], int]]
-
-
-@dataclass(frozen=True)
 class VocSource:
     """Images of one or several VOC folders.
 
     Attributes:
         path: the folder that the parts, and the images' file names, are relative to.
-        parts: (folder, split) each.
+        parts: (folder, split) each; "" for all images that have an annotation.
         classes: the classes in their order; None for the sorted names found in all annotations of
             the folders, whatever the split, so that all splits agree.
     """
@@ -99,14 +84,11 @@ class VocSource:
         xmls = self._annotations()
         paths = [os.path.join(self.path, xml) for xml in xmls]
         read = map_files(lambda path: parse_voc_xml(path, read_bytes(path)), paths, title="VOC")
-        classes = self.classes or sorted({o[0] for scene in read for o in scene.objects})
+        classes = self.classes or sorted({o[0] for scene in read for o in scene[2]})
         if not classes:
             raise UserError(f"{self.path}: no object in any annotation")
         scenes = dict(zip(xmls, read, strict=True))
-        return voc_content(
-            [(os.path.join(self.path, xml), image, scenes[xml]) for xml, image in self._entries()],
-            classes,
-        )
+        return named_content([(image, *scenes[xml]) for xml, image in self._entries()], classes)
 
     def _entries(self) -> list[tuple[str, str]]:
         """(annotation, image) of each image of the splits, relative to the folder."""
@@ -142,8 +124,13 @@ def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
     path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
     images = _list_folder(os.path.join(root, folder, "JPEGImages"))
     image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in IMAGE_SUFFIXES}
-    lines = filter(None, map(str.strip, read_text(path).splitlines()))
-    ids = [_image_id(line, image_of) for line in lines]
+    if split:
+        lines = filter(None, map(str.strip, read_text(path).splitlines()))
+        ids = [_image_id(line, image_of) for line in lines]
+    else:
+        path = os.path.join(root, folder, "Annotations")
+        stems = [name.removesuffix(".xml") for name in _list_folder(path) if name.endswith(".xml")]
+        ids = [stem for stem in stems if stem in image_of]
     if not ids:
         raise UserError(f"{path}: lists no image")
     twice = [i for i, n in Counter(ids).items() if n > 1]
@@ -170,7 +157,7 @@ def _image_id(line: str, image_of: dict[str, str]) -> str:
     return line
 
 
-def parse_voc_xml(path: str, content: bytes) -> VocImage:
+def parse_voc_xml(path: str, content: bytes) -> tuple[int, int, list[NamedObject]]:
     """Parse one annotation file.
 
     Args:
@@ -178,19 +165,19 @@ def parse_voc_xml(path: str, content: bytes) -> VocImage:
         content: XML.
 
     Returns:
-        the image's size and objects; coordinates as annotated.
+        the image's width, height and objects, with "difficult" (0 or 1) and "ignore" (0).
 
     Raises:
         UserError: if it is broken, or lacks the size or part of an object.
     """
-    root = _parse_xml(path, content)
+    root = parse_xml(path, content)
     width, height = (_number(root, f"size/{side}", path) for side in ("width", "height"))
     if width < 1 or height < 1:
         raise UserError(f"{path}: the image size is {width} x {height}; write the true one")
-    return VocImage(int(width), int(height), [_object(o, path) for o in root.findall("object")])
+    return int(width), int(height), [_object(o, path) for o in root.findall("object")]
 
 
-def _parse_xml(path: str, content: bytes) -> ET.Element:
+def parse_xml(path: str, content: bytes) -> ET.Element:
     """The root element; also of encodings that Python knows and its XML parser does not."""
     try:
         try:
@@ -205,8 +192,8 @@ def _parse_xml(path: str, content: bytes) -> ET.Element:
         raise UserError(f"{path}: not an XML file: {error}") from error
 
 
-def _object(element: ET.Element, path: str) -> tuple[str, list[float], int]:
-    """Class, coordinates and difficult of an <object>; its <part>s are not objects of the set."""
+def _object(element: ET.Element, path: str) -> NamedObject:
+    """Class, XYWH box and difficult of an <object>; its <part>s are not objects of the set."""
     name = (element.findtext("name") or "").strip()
     if not name:
         raise UserError(f"{path}: an object has no <name>")
@@ -214,7 +201,7 @@ def _object(element: ET.Element, path: str) -> tuple[str, list[float], int]:
     difficult = (element.findtext("difficult") or "").strip()
     if difficult.lower() not in _DIFFICULT:
         raise UserError(f"{path}: <difficult> must be 0 or 1, got {difficult!r}")
-    return name, box, _DIFFICULT[difficult.lower()]
+    return name, _xywh(box), {"ignore": 0, "difficult": _DIFFICULT[difficult.lower()]}
 
 
 def _number(element: ET.Element, tag: str, path: str) -> float:
@@ -229,31 +216,6 @@ def _number(element: ET.Element, tag: str, path: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{path}: <{tag}> must be a number, got {text!r}")
     return int(value) if value.is_integer() else value
-
-
-def voc_content(
-    scenes: Iterable[tuple[str, str, VocImage]], classes: Sequence[str]
-) -> dict[str, Any]:
-    """Annotated images in COCO's format, with ``difficult``.
-
-    Args:
-        scenes: the annotation file, which errors name, the image's file name, and what
-            :func:`parse_voc_xml` gave.
-        classes: in their order.
-
-    Raises:
-        UserError: if an object is of another class.
-    """
-    ids = {name: i for i, name in enumerate(classes)}
-    images = []
-    for path, image, scene in scenes:
-        objects = []
-        for name, corners, difficult in scene.objects:
-            if name not in ids:
-                raise UserError(f"{path}: class {name!r} is not one of {', '.join(ids)}")
-            objects.append((ids[name], _xywh(corners), {"ignore": 0, "difficult": difficult}))
-        images.append((image, scene.width, scene.height, objects))
-    return coco_content(classes, images)
 
 
 def _xywh(corners: list[float]) -> list[float]:

@@ -58,10 +58,10 @@ class YoloSource:
         return os.path.dirname(os.path.abspath(self.path))
 
     def fingerprint(self) -> list[Any]:
-        """The list of images, and each label file's size and time of change."""
+        """The list of images, and size and time of change of each and of its label file."""
         images = self._images()
-        labels = filter(os.path.exists, map(label_file, images))
-        return [_CODE, *stamp(self.path), images, [[file, *stamp(file)] for file in labels]]
+        files = filter(os.path.exists, [*images, *map(label_file, images)])
+        return [_CODE, *stamp(self.path), images, [[file, *stamp(file)] for file in files]]
 
     def convert(self) -> dict[str, Any]:
         """The boxes in COCO's format."""
@@ -162,6 +162,8 @@ def images_of(content: dict[str, Any], path: str, split: str) -> list[str]:
     if not places:
         splits = [key for key in ("train", "val", "test") if content.get(key)]
         raise UserError(f"{path}: has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    if not isinstance(places, str | list):
+        raise UserError(f"{path}: {split} must be a folder or several, got {places!r}")
     images: set[str] = set()
     for place in [places] if isinstance(places, str) else places:
         images.update(_list_place(_resolve(str(place), content, path)))
@@ -242,11 +244,12 @@ def _parse_line(
     if len(numbers) == 4:
         x, y, w, h = numbers
         edges = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        shares = [x, y, abs(w), abs(h)]  # the box may stick out
     elif len(numbers) >= 6 and len(numbers) % 2 == 0:  # a polygon
         xs, ys = numbers[::2], numbers[1::2]
-        edges = [min(xs), min(ys), max(xs), max(ys)]
+        edges = shares = [min(xs), min(ys), max(xs), max(ys)]
     else:
         raise UserError(f"{where}: must be a class and a box or polygon, got {line.strip()[:60]!r}")
-    if not all(-_TOLERANCE <= v <= 1 + _TOLERANCE for v in edges if not math.isnan(v)):
+    if not all(-_TOLERANCE <= v <= 1 + _TOLERANCE for v in shares if not math.isnan(v)):
         raise UserError(f"{where}: boxes are in shares of the image, 0 to 1, got {line.strip()!r}")
     return int(label), [v if math.isnan(v) else min(max(v, 0.0), 1.0) for v in edges]

@@ -107,7 +107,8 @@ def read_ground_truth(json_file: str, difficult: str = "ignore") -> GroundTruth:
             image or category that the file lacks, or the policy is not known.
     """
     check_difficult_policy(difficult)
-    content = read_coco_json(json_file)
+    raw = load_json(json_file)
+    content = read_coco_json(json_file, raw)
     if unknown := content["info"]["problems"].get("unknown category"):
         raise UserError(f"{json_file}: {unknown[0]} is not among the categories")
     images = sorted(content["images"], key=lambda image: image["id"])
@@ -134,16 +135,19 @@ def read_ground_truth(json_file: str, difficult: str = "ignore") -> GroundTruth:
         ignored=(crowd | marked if difficult == "ignore" else crowd)[order],
         images=images,
         classes=[category["name"] for category in categories],
-        image_rows=_known_ids(images),
-        category_rows=_known_ids(categories),
+        image_rows=_known_ids(images, raw["images"]),
+        category_rows=_known_ids(categories, raw["categories"]),
     )
 
 
-def _known_ids(rows: Rows) -> dict[Any, int]:
-    """Id -> place, by the ids that detections may have: those of the user's file, or ours."""
+def _known_ids(rows: Rows, of_file: Rows) -> dict[Any, int]:
+    """Id -> place, by the ids that detections may have: the file's, and others that don't clash."""
     original = {row.get("original_id", row["id"]): i for i, row in enumerate(rows)}
     ours = {row["id"]: i for i, row in enumerate(rows)}
-    return original if original.keys() & ours.keys() else {**ours, **original}
+    own, others = original, ours
+    if ours.keys() == {row["id"] for row in of_file}:
+        own, others = ours, original
+    return own if own.keys() & others.keys() else {**others, **own}
 
 
 def read_detections(

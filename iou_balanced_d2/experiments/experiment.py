@@ -88,8 +88,8 @@ class Experiment:
         return runs
 
     def _done(self, run: Run) -> bool:
-        """Whether the run is complete, or has a record of the same settings."""
-        return run.complete or bool(self._kept(run))
+        """Whether the run is complete; of several data sets a record of it is enough to compare."""
+        return run.complete or (len(self.protocol.data_sets) > 1 and bool(self._kept(run)))
 
     def _kept(self, run: Run) -> dict[str, Any]:
         """The record of a run; empty if there is none."""
@@ -98,7 +98,12 @@ class Experiment:
 
     def _mean(self, run: Run, scalar: str) -> float:
         """Mean of a logged scalar over a run that is done."""
-        return run.mean(scalar) if run.complete else self._kept(run)["measured"][scalar]
+        if run.complete:
+            return run.mean(scalar)
+        measured = self._kept(run)["measured"]
+        if scalar != "iou_balanced/loc_mean_weight" or measured.get(scalar) is None:
+            raise UserError(f"{run.name}: its record has no mean of {scalar!r}: delete the record")
+        return measured[scalar]
 
     def _record(self, run: Run) -> None:
         """Write the record of a complete run, unless there is one."""
@@ -171,6 +176,8 @@ def how_many_at_once(memory_gib: float) -> int:
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # (SC_AVPHYS_PAGES leaves out the cache of files, which makes room when asked.)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     cores = num_cores() // _CORES_PER_RUN
     return max(1, min(int(free / 2**30 / memory_gib), cores))

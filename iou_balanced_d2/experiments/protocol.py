@@ -107,11 +107,12 @@ def load_protocol(path: str, *, data: str = ".", weights: str = "") -> Protocol:
         settings["MODEL.WEIGHTS"] = _absolute(weights)
     for problem in _problems(protocol):
         raise UserError(f"protocol {path}: {problem}")
+    load_config(str(protocol.config))  # raises for what is wrong there
     return protocol
 
 
 def _absolute(weights: str) -> str:
-    """The path from the root; an address stays."""
+    """Weights as a run in any folder finds them: a file's whole path, or an address."""
     return weights if "://" in weights else str(Path(weights).resolve())
 
 
@@ -132,6 +133,8 @@ def _problems(protocol: Protocol) -> Iterator[str]:
         yield f"config: {protocol.config} not found"
     if not 0 <= protocol.held_out < 1:
         yield f"held_out: expected a share from 0 to below 1, got {protocol.held_out}"
+    if not protocol.memory_gib > 0:
+        yield f"memory_gib: expected more than 0, got {protocol.memory_gib}"
     for key in ("data_sets", "variants"):
         if not getattr(protocol, key):
             yield f"{key}: expected at least one"
@@ -168,8 +171,8 @@ def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -
         weights: MODEL.WEIGHTS of all runs; "" for the config's.
 
     Returns:
-        the protocol: "baseline" with both powers 0, "both" with the config's powers, or with the
-        defaults if both are 0 there.
+        the protocol: "baseline" with the plain losses, "both" with the config's, or with the
+        default powers if those are the plain ones.
 
     Raises:
         UserError: if the file is broken, the detector has no IoU-balanced losses, or there is no
@@ -188,9 +191,16 @@ def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -
     base = {"MODEL.META_ARCHITECTURE": f"IoUBalanced{plain}"}
     if weights:
         base["MODEL.WEIGHTS"] = _absolute(weights)
-    powers = {key: cfg.MODEL.IOU_BALANCED[key] for key in ("CLS_ETA", "LOC_LAMBDA")}
-    if not any(powers.values()):
-        powers = {key: getattr(LossOptions(), key.lower()) for key in powers}
+    options, default = cfg.MODEL.IOU_BALANCED, LossOptions()
+    if plain == "FCOS" and options.LOC_WEIGHT_RULE == "anchors":  # the default; FCOS has none
+        base["MODEL.IOU_BALANCED.LOC_WEIGHT_RULE"] = "running"
+    # A rival and a fixed w_loc are parts of the method: the baseline is the plain detector.
+    plain_losses = {
+        "CLS_LOSS": default.cls_loss, "CLS_ETA": 0.0, "LOC_LAMBDA": 0.0, "LOC_WEIGHT": 0.0
+    }  # fmt: skip
+    method = {key: options[key] for key in plain_losses}
+    if {**method, "LOC_WEIGHT": 0.0} == plain_losses:
+        method |= {"CLS_ETA": default.cls_eta, "LOC_LAMBDA": default.loc_lambda}
     return Protocol(
         name=Path(config_file).stem,
         description=f"Does it help on this data? {Path(config_file).name}, with and without the "
@@ -198,8 +208,8 @@ def protocol_of_config(config_file: str, num_seeds: int, *, weights: str = "") -
         config=Path(config_file).resolve(),
         data_sets={"+".join(cfg.DATASETS.TEST): base},
         variants={
-            "baseline": {f"MODEL.IOU_BALANCED.{key}": 0.0 for key in powers},
-            "both": {f"MODEL.IOU_BALANCED.{key}": value for key, value in powers.items()},
+            "baseline": {f"MODEL.IOU_BALANCED.{key}": x for key, x in plain_losses.items()},
+            "both": {f"MODEL.IOU_BALANCED.{key}": x for key, x in method.items()},
         },
         seeds=list(range(1, num_seeds + 1)),
         memory_gib=math.inf,  # not known: one at a time, unless --at-once says more

@@ -4,6 +4,7 @@ The folder holds, beside what the training writes, ``run.yaml`` (its config file
 (what was run where, and for how long) and ``console.txt``.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import detectron2
 import numpy as np
 import torch
 import yaml
+from detectron2.config import CfgNode
 
 from ..analysis.curves import read_training_log
 from ..errors import UserError
@@ -81,7 +83,9 @@ class Run:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = value
-        return yaml.safe_dump(content, sort_keys=True)
+        base = json.dumps(CfgNode.load_yaml_with_base(str(self.config)), sort_keys=True)
+        digest = hashlib.sha256(base.encode()).hexdigest()
+        return f"# {digest}: what _BASE_ says\n{yaml.safe_dump(content, sort_keys=True)}"
 
     def execute(
         self,

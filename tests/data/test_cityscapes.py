@@ -237,8 +237,11 @@ ANNOTATION = "cityscapes/gtFine/val/bonn/bonn_000000_000019_gtFine_polygons.json
 OBJECT = '{"imgWidth": 4, "imgHeight": 4, "objects": [%s]}'
 # What is wrong -> (change of the tree, what the message must say).
 BROKEN = {
-    "no tree": (lambda r: shutil.rmtree(r / "cityscapes/gtFine"), "gtFine/val: not found; set the"),
-    "no annotation": (lambda r: (r / ANNOTATION).unlink(), "gtFine/val: has no <city>/*_gtFine"),
+    "no tree": (
+        lambda r: shutil.rmtree(r / "cityscapes/gtFine"),
+        "gtFine/val: not found, or has no",
+    ),
+    "no annotation": (lambda r: (r / ANNOTATION).unlink(), "has no <city>/*_gtFine"),
     "no image": (lambda r: shutil.rmtree(r / "cityscapes/leftImg8bit"), "leftImg8bit.png: not f"),
     "broken JSON": (lambda r: (r / ANNOTATION).write_text("{"), "polygons.json: not an annotation"),
     "a list": (lambda r: (r / ANNOTATION).write_text("[]"), "polygons.json: not an annotation"),

@@ -101,6 +101,15 @@ def test_voc(photos):
     check_boxes(splits)
 
 
+def test_voc_without_lists_whatever_the_photos_are_called(photos):
+    write_voc(photos, {})
+    (photos / "JPEGImages/0.png").rename(photos / "JPEGImages/0.PNG")
+    for name in ("JPEGImages/._0.png", "Annotations/._0.xml"):
+        (photos / name).write_text("of macOS")
+    check_boxes(splits := find_splits(photos))
+    assert len(splits["train"].content["images"]) == 4
+
+
 def test_voc_without_lists(photos):
     write_voc(photos, {})
     splits = find_splits(photos)

@@ -329,7 +329,7 @@ def test_what_people_bring_is_read_as_meant(folder, case):
 )
 def test_difficult_as_tools_write_it(text, value):
     content = xml((*DOG[:5], text)).encode()
-    assert parse_voc_xml("a.xml", content).objects[0][2] == value
+    assert parse_voc_xml("a.xml", content)[2][0][2]["difficult"] == value
 
 
 def test_all_broken_files_are_named_at_once(folder):
@@ -362,7 +362,7 @@ def test_broken_input_is_one_line(folder, case):
 
 def test_a_class_outside_those_given_is_named(folder):
     register_voc_folder("own", str(folder), "train", ["dog"])
-    with pytest.raises(UserError, match=r"a\.xml: class 'cat' is not one of dog"):
+    with pytest.raises(UserError, match=r"a\.jpg: class 'cat' is not one of dog"):
         prepare_dataset("own")
 
 

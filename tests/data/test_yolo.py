@@ -100,6 +100,21 @@ def test_a_turned_photo(tmp_path):
     assert content["annotations"][0]["bbox"] == pytest.approx([40, 15, 20, 20])
 
 
+def test_a_box_may_stick_out_of_the_image(tmp_path):
+    folder = write(tmp_path)
+    (folder / A).write_text("1 0.97 0.5 0.1 0.2\n")
+    (box,) = content_of(folder)["annotations"]
+    assert box["bbox"] == pytest.approx([92, 20, 8, 10])
+
+
+def test_photos_that_are_resized_are_seen(tmp_path):
+    folder = write(tmp_path)
+    content_of(folder)
+    Image.new("RGB", (50, 25)).save(folder / "images/train/a.png")
+    box, _ = content_of(folder)["annotations"]
+    assert box["bbox"] == pytest.approx([20, 7.5, 10, 10])
+
+
 def test_changed_labels_are_seen(tmp_path):
     content_of(write(tmp_path))
     (tmp_path / "labels/train/b.txt").write_text("0 0.5 0.5 1 1")
@@ -118,6 +133,10 @@ BROKEN = {
     "no image": (lambda f: (f / "e").mkdir() or write(f, train="e"), "has no image in 'e'"),
     "a text": (lambda f: (f / A).write_text("dog 0 0 1 1"), "a.txt, line 1: must be numbers"),
     "class": (lambda f: (f / A).write_text("2 .5 .5 1 1"), "class must be 0 to 1, got 2"),
+    "a number for a folder": (
+        lambda f: write(f, train=5),
+        "train must be a folder or several, got 5",
+    ),
     "pixels": (lambda f: (f / A).write_text("1 50 20 9 9"), "in shares of the image"),
     "predictions": (lambda f: (f / A).write_text("1 .5 .5 .1 .1 .9"), "6 numbers, as predictions"),
     "kpt_shape": (lambda f: write(f, kpt_shape=17), "kpt_shape must be two whole numbers"),

@@ -12,8 +12,11 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, print_csv_format
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from iou_balanced_d2.data import prepare_dataset, register_coco_json
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.evaluation import BoxEvaluator
+
+from ..command import forget_own_data
 
 
 @pytest.fixture
@@ -46,6 +49,37 @@ def run(evaluator, outputs):
     for i, output in enumerate(outputs):
         evaluator.process([{"image_id": i}], output)
     return evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("ids", "original"),
+    [
+        ([-1, 0, 1, 2], None),
+        (["1", 2, 3, 4], None),
+        ([0, 1, 2**60, 7], None),
+        ([1, 2, 3, 4], [2, 3, 4, 1]),  # a field of the user's own
+        ([1, 2, 3, 4], [3, 9, 8, 5]),
+    ],
+)
+def test_images_of_any_ids_are_told_apart(tmp_path, own_data, ids, original):
+    content = json.loads(Path(own_data[0]).read_text())
+    for image, new, other in zip(content["images"], ids, original or ids, strict=True):
+        image["id"] = new
+        if original:
+            image["original_id"] = other
+    for annotation in content["annotations"]:
+        annotation["image_id"] = ids[annotation["image_id"]]
+    Path(own_data[0]).write_text(json.dumps(content))
+    forget_own_data()
+    register_coco_json("own", *own_data)
+    prepare_dataset("own")
+    evaluator = BoxEvaluator("own", str(tmp_path / "out"))
+    evaluator.reset()
+    for record in DatasetCatalog.get("own"):
+        i = int(Path(record["file_name"]).stem)
+        rows = [found(i)] if i < 2 else []  # half of the objects
+        evaluator.process([{"image_id": record["image_id"]}], outputs_of(*rows))
+    assert evaluator.evaluate()["bbox"]["AP-square"] == pytest.approx(100 * 51 / 101)
 
 
 def test_results_are_detectron2s_and_more(tmp_path, dataset):

@@ -19,7 +19,7 @@ from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.experiments.experiment import Experiment
 from iou_balanced_d2.experiments.held_out import hold_out
-from iou_balanced_d2.experiments.protocol import Protocol
+from iou_balanced_d2.experiments.protocol import Protocol, protocol_of_config
 
 from ..analysis.drawn import draw_truth
 
@@ -241,12 +241,65 @@ def test_does_it_help_on_my_data(reproduce, tmp_path, capsys):
     assert sorted(runs) == ["baseline/seed1", "baseline/seed2", "both/seed1", "both/seed2"]
     both, baseline = runs["both/seed2"]["MODEL"], runs["baseline/seed1"]["MODEL"]
     assert both["META_ARCHITECTURE"] == baseline["META_ARCHITECTURE"] == "IoUBalancedRetinaNet"
-    assert both["IOU_BALANCED"] == {"CLS_ETA": 2.0, "LOC_LAMBDA": 1.5}
-    assert baseline["IOU_BALANCED"] == {"CLS_ETA": 0.0, "LOC_LAMBDA": 0.0}
+    plain = {"CLS_LOSS": "iou_balanced", "CLS_ETA": 0.0, "LOC_LAMBDA": 0.0, "LOC_WEIGHT": 0.0}
+    assert both["IOU_BALANCED"] == {**plain, "CLS_ETA": 2.0, "LOC_LAMBDA": 1.5}
+    assert baseline["IOU_BALANCED"] == plain
+
+    config["SOLVER"] = {"MAX_ITER": 7}  # runs of the old config must not count
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config | {"VERSION": 2}))
+    assert reproduce("--config-file", "my.yaml", "--seeds", "2") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
 
     (tmp_path / "my.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\nVERSION: 2\n")
     assert reproduce("--config-file", "my.yaml") == 2
     assert "GeneralizedRCNN has no IoU-balanced losses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"variants": {"v": {}}}, "one variant alone"),
+        ({"memory_gib": 0}, "memory_gib: expected more than 0"),
+        ({"config": "broken.yaml"}, "broken.yaml"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(reproduce, tmp_path, capsys, change, said):
+    (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "broken.yaml").write_text("MODEL: [")
+    protocol = {
+        "description": "d", "config": "detector.yaml", "data_sets": {"s": {}}, "seeds": [1],
+        "variants": {"v": {}, "w": {}}, "memory_gib": 1,
+    }  # fmt: skip
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(protocol | change))
+    assert reproduce("toy.yaml") == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert out == ""
+
+
+def test_weights_may_be_an_address(tmp_path):
+    (tmp_path / "my.yaml").write_text(
+        "{MODEL: {META_ARCHITECTURE: FCOS}, DATASETS: {TEST: [a]}, VERSION: 2}"
+    )
+    protocol = protocol_of_config(str(tmp_path / "my.yaml"), 1, weights="detectron2://x/R-50.pkl")
+    assert protocol.data_sets == {
+        "a": {
+            "MODEL.META_ARCHITECTURE": "IoUBalancedFCOS",
+            "MODEL.WEIGHTS": "detectron2://x/R-50.pkl",
+            "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE": "running",
+        }
+    }
+
+
+def test_a_rival_is_compared_with_the_plain_losses(tmp_path):
+    (tmp_path / "my.yaml").write_text(
+        "{MODEL: {META_ARCHITECTURE: IoUBalancedRetinaNet, IOU_BALANCED: {CLS_LOSS: varifocal, "
+        "LOC_WEIGHT: 2.34}}, DATASETS: {TEST: [a]}, VERSION: 2}"
+    )
+    variants = protocol_of_config(str(tmp_path / "my.yaml"), 1).variants
+    names = [f"MODEL.IOU_BALANCED.{x}" for x in ("CLS_LOSS", "CLS_ETA", "LOC_LAMBDA", "LOC_WEIGHT")]
+    assert [variants["baseline"][name] for name in names] == ["iou_balanced", 0.0, 0.0, 0.0]
+    assert [variants["both"][name] for name in names] == ["varifocal", 1.5, 1.5, 2.34]
 
 
 def test_an_end_from_outside_ends_the_runs(tmp_path):
@@ -260,7 +313,7 @@ def test_an_end_from_outside_ends_the_runs(tmp_path):
     )
     (tmp_path / "detector.yaml").write_text("VERSION: 2\n")
     (tmp_path / "toy.yaml").write_text(
-        "{description: d, config: detector.yaml, data_sets: {s: {}}, variants: {v: {}}, "
+        "{description: d, config: detector.yaml, data_sets: {s: {}}, variants: {v: {}, w: {}}, "
         "seeds: [1], memory_gib: 1}"
     )
     code = (

@@ -1,15 +1,17 @@
 """SSD's configs, its scripts, and training as a user runs it."""
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 
+from iou_balanced_d2.commands.demo import load_predictor
 from iou_balanced_d2.data import register_datasets_of
 from iou_balanced_d2.data.demo import DemoSpec, ensure_demo_datasets
 from iou_balanced_d2.engine import Trainer, load_config
 
-from .ssd_toy import CONFIGS, toy_config
+from .ssd_toy import CONFIGS, toy_config, toy_model
 
 ROOT = CONFIGS.parents[2]
 
@@ -72,3 +74,13 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     assert results["bbox"]["AP50"] > 80
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert float(state["iou_balanced"]["losses"][0]["w_loc_measurement"]["w_loc"]) > 1
+
+
+def test_the_demo_shows_it_images_of_its_own_size(tmp_path):
+    weights = tmp_path / "w.pth"
+    torch.save(toy_model().state_dict(), weights)
+    predictor = load_predictor(toy_config("MODEL.WEIGHTS", str(weights)))
+    sizes = []
+    predictor.model.backbone.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[2:]))
+    predictor(np.zeros((75, 50, 3), np.uint8))
+    assert sizes == [(128, 128)]

@@ -107,6 +107,25 @@ def test_cvat(folder, command):
     assert "CVAT for images" in command("cvat", "cvat.xml", "out.json")[2]
 
 
+@globox_only
+def test_a_box_that_cvat_turns(folder, command):
+    (folder / "cvat.xml").write_text(
+        '<annotations><image id="0" name="a.jpg" width="100" height="50"><box label="cat" '
+        'xtl="30" ytl="20" xbr="60" ybr="30" rotation="90.0"/></image></annotations>'
+    )
+    assert command("cvat", "cvat.xml", "out.json")[0] == 0
+    (((_, box, _),),) = converted(folder).values()
+    assert [40, 10, 10, 30] == box  # (approximate)
+
+
+@globox_only
+def test_a_class_of_via_that_is_no_text_is_named(folder, command):
+    (folder / "via.json").write_text(json.dumps(via({"kind": {"cat": True}})))
+    code, _, err = command("via", "via.json", "out.json")
+    assert code == 2
+    assert "the class must be a text, got {'cat': True}" in err
+
+
 def via(attributes, shape="rect"):
     region = {"shape_attributes": {"name": shape, "x": 10, "y": 5, "width": 30, "height": 20},
               "region_attributes": attributes}  # fmt: skip
@@ -146,6 +165,14 @@ def test_a_flat_folder_of_photos_and_xml(folder, command):
     assert converted(folder) == {"a.jpg": [("cat", BOX, 0)]}
     content = json.loads((folder / "out.json").read_text())
     assert content["annotations"][0]["difficult"] == 1
+
+
+def test_xml_of_another_encoding(folder, command):
+    (folder / "photos/a.xml").write_bytes(
+        f'<?xml version="1.0" encoding="gbk"?>{VOC}'.replace("cat", "\u732b").encode("gbk")
+    )
+    assert command("voc", "photos", "out.json")[0] == 0
+    assert converted(folder) == {"a.jpg": [("\u732b", BOX, 0)]}
 
 
 def test_classes_in_an_order_of_ones_own(folder, command):

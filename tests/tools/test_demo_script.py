@@ -12,7 +12,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from iou_balanced_d2.commands import demo as demo_module
-from iou_balanced_d2.commands import run_command
+from iou_balanced_d2.commands import run_command, visualize_results
 from iou_balanced_d2.data import known_classes, register_datasets_of
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.model_zoo import get_config_file
@@ -90,11 +90,12 @@ def test_a_folder_is_drawn_above_the_threshold(run_fast, tmp_path, capsys):
 
 def test_names_of_the_classes_are_those_of_the_data_set(own_data):
     forget_own_data()
-    cfg = load_config(
-        CONFIG, ["DATASETS.COCO_JSON", repr((("own", *own_data),)), "DATASETS.TEST", "('own',)"]
-    )
+    words = ["DATASETS.COCO_JSON", repr((("own", *own_data),)), "DATASETS.TEST", "('own',)"]
+    cfg = load_config(CONFIG, [*words, "MODEL.RETINANET.NUM_CLASSES", "2"])
     register_datasets_of(cfg)
     assert known_classes(cfg) == ["square", "circle"]
+    cfg.merge_from_list(["MODEL.RETINANET.NUM_CLASSES", 80, "DATASETS.TRAIN", ("own",)])
+    assert known_classes(cfg) == [], "the names are of another number of classes"
 
 
 @pytest.mark.parametrize(("scores", "message"), [
@@ -158,7 +159,8 @@ def test_strips_deep_and_huge_pictures(run_fast, demo, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert "strip.png: skipped: image so long and narrow" in error
     assert "deep.png: skipped: image of 16 bit" in error
-    monkeypatch.setattr(demo, "MAX_SIDE", 50)
+    for module in (demo, visualize_results):
+        monkeypatch.setattr(module, "MAX_SIDE", 50)
     assert run_fast("--input", "images/0.png") == 0
     assert cv2.imread(str(tmp_path / "found/0.png")).shape == (50, 50, 3)
     assert "images/0.png: drawn with a side of 50 pixels" in capsys.readouterr().err

@@ -52,6 +52,20 @@ def test_a_set_without_splits(command, tmp_path, capsys):
     assert (tmp_path / "my.yaml").read_text() == before, "the same photos are held out"
 
 
+def test_names_of_any_characters(command, tmp_path):
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["categories"][0]["name"] = "a\x85b"
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    folder = tmp_path / "\U0001f4f7"
+    folder.mkdir()
+    for path in (tmp_path / "annotations.json", tmp_path / "images"):
+        path.rename(folder / path.name)
+    flags = ["--output", "my.yaml", "--weights", "w.pkl", "--device", "cpu"]
+    assert run_command("new-config", [folder.name, *flags]) == 0
+    cfg = load_config("my.yaml")
+    assert cfg.DATASETS.COCO_JSON[0][2] == str(folder / "images")
+
+
 def test_time_and_memory_are_measured_quietly(own_config, monkeypatch, caplog):
     """Nothing is said of checkpoints, as none are written."""
     monkeypatch.chdir(own_config.parent)
@@ -92,11 +106,15 @@ def test_for_a_gpu_that_is_elsewhere(command, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_one_line_and_leave_no_config(command, tmp_path, capsys):
     for words, message in (
         (["--weights", "no.pkl"], "--weights 'no.pkl' not found"),
-        (["--epochs", "0"], "--epochs must be more than 0, got 0"),
+        (["--epochs", "0"], "--epochs must be a number above 0, got 0"),
+        (["--epochs", "inf"], "--epochs must be a number above 0, got inf"),
     ):
         assert command(*words) == 2
         assert capsys.readouterr().err == f"new_config.py: error: {message}\n"
     content = json.loads((tmp_path / "annotations.json").read_text())
+    (tmp_path / "annotations.json").write_text(json.dumps({**content, "annotations": []}))
+    assert command() == 2
+    assert "no photo to train on has a usable box" in capsys.readouterr().err
     content["images"][2]["file_name"] = "gone.png"
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     assert command() == 2

@@ -4,9 +4,11 @@ import json
 import sys
 
 import cv2
+import numpy as np
 import pytest
 
 from iou_balanced_d2.commands import run_command
+from iou_balanced_d2.commands.visualize_results import MAX_SIDE, picture_scale
 from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import forget_own_data
@@ -50,6 +52,12 @@ def test_detections_are_drawn_beside_the_ground_truth(tmp_path, command, capsys)
     for half in (images[1][:32, :640], images[1][:32, 640:]):  # "detections", "ground truth"
         assert 0.02 < (half < 128).mean() < 0.5
     assert "Pictures" in capsys.readouterr().out
+
+
+def test_narrow_and_huge_photos_are_not_drawn_without_limit():
+    for shape in ((900, 8, 3), (100_000, 30_000, 3)):
+        image = np.broadcast_to(np.uint8(0), shape)
+        assert max(shape) * picture_scale(image) == pytest.approx(MAX_SIDE)
 
 
 def test_missing_detections_are_one_line(command, capsys):

@@ -93,7 +93,7 @@ def correlations(x: Array, y: Array) -> dict[str, float]:
     """
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"count": len(x), "pearson": math.nan, "spearman": math.nan}
-    pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+    pearson, spearman = stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]
     return {"count": len(x), "pearson": float(pearson), "spearman": float(spearman)}
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from numpy.typing import NDArray
 
-from ...data import prepare_dataset
 from ...data.coco import check_folder
 from ...data.inspection import missing_images
 from ...errors import UserError
 from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
 from ...files import write_text
+from ..comparison.runs import json_file_of
 from ..page import Page, plain
 from ..plots import labelled
 from .analysis import Alignment, analyze
@@ -116,15 +116,9 @@ def dataset_files(data_set: str) -> dict[str, Any]:
     Raises:
         UserError: if the data set is not registered or has no JSON file.
     """
-    if data_set not in DatasetCatalog:
-        raise UserError(f"data set {data_set!r} is not registered: name its JSON file")
-    prepare_dataset(data_set)
-    metadata = MetadataCatalog.get(data_set)
-    if not metadata.get("json_file"):
-        raise UserError(f"data set {data_set!r} has no JSON file to compare with")
-    root = metadata.get("image_root")
+    json_file, root = json_file_of(data_set), MetadataCatalog.get(data_set).get("image_root")
     found = root if root and os.path.isdir(root) else None
-    return {"ground_truth": metadata.json_file, "image_root": found}
+    return {"ground_truth": json_file, "image_root": found}
 
 
 def _page(results: Mapping[str, dict[str, Any]], output: Path, data_set: str) -> Page:

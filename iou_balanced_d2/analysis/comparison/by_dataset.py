@@ -18,7 +18,7 @@ from ...errors import UserError
 from ...files import write_atomically, write_text
 from ..page import clean, markdown_text, plain
 from ..plots import make_folder, style
-from .compare import compare_sides
+from .compare import compare_sides, content_of
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
 from .runs import load_run
@@ -92,6 +92,8 @@ class Against:
 def seeds_sentence(effects: Sequence[Effect]) -> str:
     """How many seeds it takes to find a gain of 1 AP on these data sets."""
     where = "these data sets" if len(effects) > 1 else "this data set"
+    if not all(map(tells, effects)):
+        return "How many seeds a gain takes can't be told: AP has no spread here."
     if max(e.num_runs for e in effects) == 1:
         return "How many seeds a gain takes can't be told from one run of each variant."
     seeds = seeds_needed(_GAIN, effects)
@@ -193,14 +195,17 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
         variants[variant] = None
     first = "baseline" if "baseline" in variants else next(iter(variants))
     others = [variant for variant in variants if variant != first]
-    found = {
-        other: {
-            dataset: _paired_effects(dataset, by_variant, first, other)
-            for dataset, by_variant in runs.items()
-            if first in by_variant and other in by_variant
-        }
-        for other in others
-    }
+    found: dict[str, dict[str, list[Effect]]] = {other: {} for other in others}
+    for dataset, by_variant in runs.items():
+        for other in others:
+            common = by_variant.get(first, {}).keys() & by_variant.get(other, {}).keys()
+            if len(common) > 1:
+                found[other][dataset] = _paired_effects(dataset, by_variant, first, other)
+            elif common:
+                logger.warning(
+                    f"{dataset}: {first} and {other} have 1 seed in common: two or more are "
+                    "needed; left out"
+                )
     return _against(first, found)
 
 
@@ -250,11 +255,6 @@ def _paired_effects(
     dataset: str, runs: Mapping[str, Mapping[int, Metrics]], first: str, other: str
 ) -> list[Effect]:
     seeds = sorted(runs[first].keys() & runs[other].keys())
-    if len(seeds) < 2:
-        raise UserError(
-            f"{dataset}: {first} and {other} have {len(seeds) or 'no'} seed in common: two or more "
-            "are needed"
-        )
     effects = []
     for metric in METRICS:
         values = {name: [_value(runs[name][s], metric) for s in seeds] for name in (first, other)}
@@ -309,9 +309,15 @@ def compare_runs_by_dataset(
             data sets.
     """
     runs: dict[str, dict[str, list[str]]] = {}
+    known: dict[str, list[list[bytes]]] = {}  # names -> annotations of the sets called so
     for name, paths in sides.items():
         for run in map(load_run, paths):
-            dataset = " + ".join(run.ground_truth)
+            contents = [content_of(annotations) for annotations in run.ground_truth.values()]
+            alike = known.setdefault(" + ".join(run.ground_truth), [])
+            if contents not in alike:
+                alike.append(contents)
+            number = alike.index(contents) + 1
+            dataset = " + ".join(run.ground_truth) + f" ({number})" * (number > 1)
             runs.setdefault(dataset, {}).setdefault(name, []).append(run.path)
     first, *others = sides
     found: dict[str, dict[str, list[Effect]]] = {name: {} for name in others}

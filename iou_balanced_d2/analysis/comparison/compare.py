@@ -99,6 +99,8 @@ def compare_sides(
         raise UserError("nothing to compare with: name at least two sides")
     if resamples < 100:
         raise UserError(f"{resamples} resamples tell nothing: take 100 or more (1000 is usual)")
+    if seed < 0:
+        raise UserError(f"seed {seed}: expected 0 or more")
     for name, paths in sides.items():
         if not paths:
             raise UserError(f"side {name!r} has no run")
@@ -106,7 +108,7 @@ def compare_sides(
     runs = [run for side in loaded.values() for run in side]
     for side in loaded.values():
         _check_different(side)
-    _check_same_ground_truth(runs)
+    check_same_ground_truth(runs)
     truths = _read_ground_truths(runs[0].ground_truth)
     datasets = {name: len(truth.images) for name, truth in truths.items()}
     weights = draw_images(sum(datasets.values()), resamples, np.random.default_rng(seed))
@@ -160,7 +162,7 @@ def _check_different(runs: Sequence[Run]) -> None:
         known[file] = run.path
 
 
-def _check_same_ground_truth(runs: Sequence[Run]) -> None:
+def check_same_ground_truth(runs: Sequence[Run]) -> None:
     """Make sure that all runs were evaluated on the same objects.
 
     Raises:
@@ -181,14 +183,15 @@ def _check_same_ground_truth(runs: Sequence[Run]) -> None:
                     f"{both} treat difficult objects differently: VOC_DIFFICULT is "
                     f"{other.difficult!r} against {mine.difficult!r}"
                 )
-            if mine.path != other.path and _content(mine) != _content(other):
+            if mine.path != other.path and content_of(mine) != content_of(other):
                 raise UserError(
                     f"{both} have different ground truths of {name!r}: {other.path} against "
                     f"{mine.path}"
                 )
 
 
-def _content(annotations: Annotations) -> bytes:
+def content_of(annotations: Annotations) -> bytes:
+    """The bytes of the annotations' file."""
     try:
         return Path(annotations.path).read_bytes()
     except OSError as error:

@@ -194,13 +194,15 @@ def seeds_needed(gain: float, effects: Sequence[Effect]) -> int | None:
     variance = np.array([e.standard_error**2 for e in effects])
     images = np.array([min(e.of_images, e.standard_error**2) for e in effects])
     of_one_run = np.array([e.num_runs for e in effects]) * (variance - images)
+    # Degrees of freedom that one more run adds: as measured (paired records), else two sides'.
+    a_run = [2 if e.of_images else e.freedom / max(e.num_runs - 1, 1) for e in effects]
 
     def enough(num_runs: int) -> bool:
         of_runs = of_one_run / num_runs
-        _, error, weights = _weighted_mean(np.zeros(len(effects)), images + of_runs)
-        # As of two sides with num_runs each; images leave no doubt beside that.
-        doubt = (weights * of_runs / (images + of_runs)) ** 2 / (2 * (num_runs - 1))
-        return detectable(error, 1 / doubt.sum() if doubt.any() else np.inf) <= gain
+        # Images leave no doubt beside that of runs.
+        share = np.maximum(of_runs / (images + of_runs), 1e-9)
+        freedom = np.array(a_run) * (num_runs - 1) / share**2
+        return _fixed_effect(0 * images, images + of_runs, freedom).detectable <= gain
 
     if not (variance > 0).all() or not enough(_MOST_RUNS):
         return None

@@ -99,9 +99,13 @@ def _ground_truth_of(path: str, given: dict[str, str]) -> dict[str, Annotations]
     policy = cfg.DATASETS.VOC_DIFFICULT
     if given:
         return {name: Annotations(json_file, policy) for name, json_file in given.items()}
+    own = (*cfg.DATASETS.COCO_JSON, *cfg.DATASETS.VOC_FOLDER, *cfg.DATASETS.YOLO_FOLDER)
     try:
+        # Another run may have another data set, or another path, of this name.
+        for name in {e[0] for e in own if isinstance(e, list | tuple) and len(e) > 2}:
+            DatasetCatalog.pop(name, None)
         register_datasets_of(cfg)
-        return {name: Annotations(_json_file(name), policy) for name in cfg.DATASETS.TEST}
+        return {name: Annotations(json_file_of(name), policy) for name in cfg.DATASETS.TEST}
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -123,7 +127,7 @@ def _read_datasets(file: str) -> CfgNode:
     return cfg
 
 
-def _json_file(name: str) -> str:
+def json_file_of(name: str) -> str:
     """The annotations of a registered data set, converted or drawn if need be."""
     if name not in DatasetCatalog:
         raise UserError(f"data set {name!r} is not registered: give --ground-truth {name}=FILE")

@@ -21,6 +21,8 @@ LEVEL = 0.05
 POWER = 0.8
 # The least squared standard error, as a share of the variance over the images.
 _LEAST_SHARE = 0.25
+# Squared AP points: the images drawn give the same difference every time, but for rounding.
+_NO_VARIANCE = 1e-12
 # Satterthwaite's 2 is for many degrees of freedom. With the two of two runs a side it finds false
 # differences in 7.6 % where it promises 5 %, and 1 in 3.7 %; this in 4.3 to 5.8 %.
 _POWER_OF_RUNS = 1.25
@@ -137,6 +139,8 @@ def differences(
     fields = (value, value - reach, value + reach, p, error, freedom, detectable, of_images)
     columns = np.stack(fields, axis=1)
     columns[np.isnan(value + error)] = np.nan
+    # One image alone, or none that tells a difference: it is known, its uncertainty is not.
+    columns[images < _NO_VARIANCE, 1:] = np.nan
     return [Difference(*row) for row in columns.tolist()]
 
 
@@ -191,6 +195,11 @@ def verdict(name: str, first: str, difference: Difference) -> str:
     d = difference
     if math.isnan(d.value):
         return f"{name} and {first} can't be compared: there is no object to find."
+    if math.isnan(d.standard_error):
+        return (
+            f"{name} against {first}: AP {d.value:+.1f}, but how certain that is can't be told: "
+            "it is the same whichever images are drawn."
+        )
     numbers = f"AP {d.value:+.1f} [{d.low:.1f}, {d.high:.1f}], p {format_p(d.p)}"
     if d.p < LEVEL:
         return f"{name} {'beats' if d.value > 0 else 'is worse than'} {first}: {numbers}."

@@ -162,7 +162,7 @@ def test_runs_of_two_policies_are_not_mixed(command, tmp_path, own_config, capsy
         config["DATASETS"]["VOC_DIFFICULT"] = policy
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
     assert command("--run", "a", "b") == 2
-    assert "b: DATASETS.VOC_DIFFICULT is 'count', but the first" in capsys.readouterr().err
+    assert "a and b treat difficult objects differently" in capsys.readouterr().err
 
 
 def test_nothing_found_is_a_report_too(tmp_path, own_data, draw_fast):
@@ -180,10 +180,13 @@ def test_nothing_found_is_a_report_too(tmp_path, own_data, draw_fast):
     [
         ((), "give --ground-truth and --detections, or --run"),
         (("--run", "out", "--images", "x"), "--run brings its own files"),
-        (("--run", "out"), "config file 'out/config.yaml' not found"),
+        (("--run", "out"), "run 'out' not found"),
         (("--ground-truth", "no.json", "--detections", "x.json"), "no.json: can't be read"),
         (("--ground-truth", "GT", "--detections", "x.json"), "x.json: can't be read"),
-        (("--ground-truth", "GT", "--detections", "a=x", "a=y"), "give each a name of its own"),
+        (
+            ("--ground-truth", "GT", "--detections", "a=x", "a=y"),
+            "two sides are called 'a': give names",
+        ),
         (("--ground-truth", "GT", "--detections", "D", "--images", "no"), "folder 'no' not found"),
         (("--ground-truth", "GT", "--detections", "D", "--images", "."), "0.png', named by"),
         (("--ground-truth", "GT", "--detections", "D", "--output", "GT"), "can't be written"),

@@ -77,6 +77,13 @@ def test_a_variant_of_one_data_set_is_left_out(tmp_path, caplog):
     assert "cls and base have 1 data set in common: two or more are needed; left out" in caplog.text
 
 
+def test_a_variant_that_has_only_begun_does_not_stop_the_others(tmp_path, caplog):
+    paths = write_records(tmp_path, variants=("base", "both", "cls"))
+    found = compare_records([p for p in paths if "-cls-" not in p.name or "-cls-0" in p.name])
+    assert [against.name for against in found] == ["both"]
+    assert "set0: base and cls have 1 seed in common: two or more are needed" in caplog.text
+
+
 def test_what_no_run_finds_is_left_out(tmp_path):
     (against,) = compare_records(write_records(tmp_path))
     assert against.effects["AP90"][0].standard_error == 0
@@ -114,7 +121,7 @@ def test_the_report(tmp_path):
         (lambda paths: paths[:3], "two variants or more"),
         (lambda paths: [*paths, paths[0]], "a second record of set0, base, seed 0"),
         (lambda paths: [p for p in paths if "-both-2" not in p.name and "-both-1" not in p.name],
-         "have 1 seed in common"),
+         "have no data set in common"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_compared(tmp_path, change, message):
@@ -134,11 +141,12 @@ def test_a_file_that_is_no_record(tmp_path, content):
         compare_records([file])
 
 
-def test_runs_are_compared_on_their_own_data_sets(tmp_path):
+@pytest.mark.parametrize("same_name", [False, True])
+def test_runs_are_compared_on_their_own_data_sets(tmp_path, same_name):
     rng = np.random.default_rng(0)
     sides = {"base": [], "both": []}
     for d in "ab":
-        coco, name = draw_truth(rng, 40), f"{d}_{tmp_path.name}"
+        coco, name = draw_truth(rng, 40), "a" if same_name else f"{d}_{tmp_path.name}"
         (tmp_path / f"{d}.json").write_text(json.dumps(coco.dataset))
         for side, noise in (("base", 0.1), ("both", 0.04)):
             for seed in range(2):
@@ -150,6 +158,8 @@ def test_runs_are_compared_on_their_own_data_sets(tmp_path):
                 )
                 sides[side].append(str(run))
     (against,) = compare_runs_by_dataset(sides, resamples=200)
+    names = [effect.name for effect in against.effects["AP"]]
+    assert names == (["a", "a (2)"] if same_name else [f"{d}_{tmp_path.name}" for d in "ab"])
     of_a = compare_sides({n: runs[:2] for n, runs in sides.items()}, resamples=200)
     expected = of_a.differences["both"][0]
     effect = against.effects["AP"][0]

@@ -33,6 +33,18 @@ def test_data_sets_are_those_of_the_config(run_directory, own_data):
     assert run.detections["own"].endswith("run/inference/own/coco_instances_results.json")
 
 
+def test_two_runs_may_spell_the_path_of_a_data_set_differently(run_directory, own_data, tmp_path):
+    other = write_run(tmp_path / "other", "own", [])
+    text = (run_directory / "config.yaml").read_text()
+    spelled = str(Path(own_data[0]).parent / "." / ".." / Path(own_data[0]).parent.name)
+    (other / "config.yaml").write_text(
+        text.replace(own_data[0], f"{spelled}/{Path(own_data[0]).name}")
+    )
+    first, second = load_run(run_directory), load_run(other)
+    files = [run.ground_truth["own"].path for run in (first, second)]
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+
+
 def test_ground_truth_by_hand_goes_first(run_directory):
     run = load_run(run_directory, {"own": "other.json"})
     assert run.ground_truth == {"own": Annotations("other.json", "count")}
