@@ -151,6 +151,9 @@ def _coco(folder: Path) -> dict[str, Split]:
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
             split = _split_of(file.stem) or _split_of(file.parent.relative_to(folder).as_posix())
             found.setdefault(split or "train", []).append((file, content))
+    alone = len(found) == 1 and all(len(files) == 1 for files in found.values())
+    if alone:  # whatever its name: latest.json is no test
+        found = {"train": next(iter(found.values()))}
     splits = {}
     for split, files in found.items():
         # Beside COCO's instances there are key points of the same images.

@@ -84,9 +84,11 @@ def test_coco(photos, own_data, files):
     check_boxes(splits)
 
 
-def test_coco_without_splits_and_with_too_many(photos, own_data):
-    write_coco(own_data, photos / "labels.json")
+@pytest.mark.parametrize("name", ["labels", "latest", "intervals"])
+def test_coco_without_splits_and_with_too_many(photos, own_data, name):
+    write_coco(own_data, photos / f"{name}.json")
     assert sizes(find_splits(photos)) == {"train": 4}
+    (photos / f"{name}.json").rename(photos / "labels.json")
     write_coco(own_data, photos / "others.json")
     with pytest.raises(UserError, match=r"labels.json and .*others.json: both could be the train"):
         find_splits(photos)
@@ -131,8 +133,9 @@ def test_what_is_no_data_set_is_one_line(photos, own_data):
         find_splits(photos)
     with pytest.raises(UserError, match=r"no: not a folder"):
         find_splits(photos / "no")
-    write_coco(own_data, photos / "test.json")
-    with pytest.raises(UserError, match="has a split test, but none to train on"):
+    for name in ("test", "valid"):
+        write_coco(own_data, photos / f"{name}.json")
+    with pytest.raises(UserError, match="has a split test, valid, but none to train on"):
         find_splits(photos)
     shutil.rmtree(photos / "images")
     with pytest.raises(UserError, match=r"its images \(0.png, ...\) are in no folder below"):
