@@ -18,7 +18,13 @@ from tabulate import tabulate
 from ..analysis.page import clean
 from ..config import loss_options
 from ..data import check_datasets
-from ..data.anchors import anchor_advice, anchor_recall, expected_w_loc
+from ..data.anchors import (
+    anchor_advice,
+    anchor_recall,
+    expected_w_loc,
+    mean_recall,
+    recall_in_words,
+)
 from ..data.checks import LOW_RECALL
 from ..data.coco_format import REPAIRS
 from ..data.inspection import FATAL, PROBLEMS, Report, inspect
@@ -61,9 +67,10 @@ def print_findings(report: Report, most: int) -> None:
 
 def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-    share = anchor_recall(cfg, content)
-    print(f"anchor recall: {share:.1%} of the boxes meet an anchor at IoU {threshold}", end="")
-    print(f": too few; {anchor_advice(cfg, content)}" if share < LOW_RECALL else "")
+    recalls = anchor_recall(cfg, content)
+    print(f"anchor recall: {recall_in_words(recalls)} meet an anchor at IoU {threshold}", end="")
+    too_few = mean_recall(recalls) < LOW_RECALL
+    print(f": too few; {anchor_advice(cfg, content)}" if too_few else "")
     options = loss_options(cfg)
     if options.loc_lambda and not options.loc_weight and options.loc_weight_rule == "anchors":
         print(f"w_loc to expect: {expected_w_loc(cfg, content):.2f} (the paper's: 2.34 and 3.05)")

@@ -27,7 +27,7 @@ from detectron2.utils.events import EventStorage
 
 from ..analysis.page import clean
 from ..data import check_datasets
-from ..data.anchors import AnchorGrid, anchor_recall
+from ..data.anchors import AnchorGrid, anchor_recall, mean_recall, recall_in_words
 from ..data.coco_format import class_names
 from ..data.inspection import has_object
 from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
@@ -96,7 +96,7 @@ class Chosen:
         min_sizes: shorter sides of photos in training.
         max_size: longest side.
         scale: of the base config's anchors.
-        recall: share of the boxes that meet an anchor at IoU 0.5.
+        recalls: share of each class's boxes that meet an anchor at IoU 0.5.
         images: photos with objects, those that are trained on.
         batch: photos of an iteration.
         iterations: of the training.
@@ -105,7 +105,7 @@ class Chosen:
     min_sizes: tuple[int, ...]
     max_size: int
     scale: float
-    recall: float
+    recalls: dict[str, float]
     images: int
     batch: int
     iterations: int
@@ -175,13 +175,13 @@ def choose(
     cfg, tried = base.clone(), []
     for min_sizes, max_size in image_sizes(device, cfg, content):
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = min_sizes, max_size
-        scale, recall = best_anchors(cfg, content)
-        tried.append((min_sizes, max_size, scale, recall))
-        if recall >= ENOUGH_RECALL:
+        scale, recalls = best_anchors(cfg, content)
+        tried.append((min_sizes, max_size, scale, recalls))
+        if mean_recall(recalls) >= ENOUGH_RECALL:
             break
     # Of sizes that do about as well the smallest, which is the quickest.
-    most = max(round(recall, 2) for *_, recall in tried)
-    sizes = next(x for x in tried if round(x[-1], 2) == most)
+    most = max(round(mean_recall(recalls), 2) for *_, recalls in tried)
+    sizes = next(x for x in tried if round(mean_recall(x[-1]), 2) == most)
     batch = batch_of(device, base.SOLVER.IMS_PER_BATCH)
     images = len({a["image_id"] for a in content["annotations"]})
     iterations = max(1, math.ceil((args.epochs or device.epochs) * images / batch))
@@ -204,15 +204,16 @@ def image_sizes(
     return [((shorter,), shorter * 5 // 3)]
 
 
-def best_anchors(cfg: CfgNode, content: dict[str, Any]) -> tuple[float, float]:
-    """The scale of the config's anchors, and the share of boxes that meet one then."""
+def best_anchors(cfg: CfgNode, content: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """The scale of the config's anchors, and the share of each class's boxes that meet one then."""
     step = max(1, len(content["annotations"]) // MOST_BOXES)
     sample = {**content, "annotations": content["annotations"][::step]}
     grid = AnchorGrid.of(cfg)
     recalls = {s: anchor_recall(cfg, sample, anchors=grid.scaled(s)) for s in ANCHOR_SCALES}
     # Where another scale gains less than two percent, that of the pretrained detectors stays.
-    best = max(recalls.values())
-    scale = next(s for s, recall in recalls.items() if recall >= min(best - 0.02, ENOUGH_RECALL))
+    means = {s: mean_recall(of_classes) for s, of_classes in recalls.items()}
+    enough = min(max(means.values()) - 0.02, ENOUGH_RECALL)
+    scale = next(s for s, recall in means.items() if recall >= enough)
     return scale, recalls[scale]
 
 
@@ -269,7 +270,7 @@ def model_settings(
          "`reproduce` trains with both and compares."),
         ("MODEL.IOU_BALANCED.LOC_LAMBDA", 1.5, ""),
         ("MODEL.ANCHOR_GENERATOR.SIZES", anchors, f"{chosen.scale:g} x RetinaNet's usual ones: "
-         f"{chosen.recall:.1%} of the boxes meet one at IoU 0.5 then."),
+         f"{recall_in_words(chosen.recalls)} meet one at IoU 0.5 then."),
         ("INPUT.MIN_SIZE_TRAIN", list(chosen.min_sizes), sides),
         ("INPUT.MAX_SIZE_TRAIN", chosen.max_size, ""),
         ("INPUT.MIN_SIZE_TEST", chosen.min_sizes[-1], "As in training."),
@@ -352,7 +353,7 @@ def summary(splits: dict[str, Split], chosen: Chosen) -> str:
     return (
         f"Images: {images}. Classes: {len(names)} ({', '.join(map(clean, names[:8]))})\n"
         f"Sizes: up to {chosen.max_size} px; anchors x {chosen.scale:g}, which "
-        f"{chosen.recall:.0%} of the boxes meet\n"
+        f"{recall_in_words(chosen.recalls)} meet\n"
         f"Schedule: {chosen.iterations} iterations of {chosen.batch} images, "
         f"{chosen.iterations * chosen.batch / chosen.images:.1f} epochs"
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +57,8 @@ def anchor_recall(
     *,
     anchors: AnchorGrid | None = None,
     image_scale: float = 1.0,
-) -> float:
-    """Share of the ground truth that gets an anchor at the config's anchors and image size.
+) -> dict[str, float]:
+    """Share of each class's boxes that get an anchor at the config's anchors and image size.
 
     "Gets an anchor": one anchor's IoU with the box is at least the upper one of
     MODEL.RETINANET.IOU_THRESHOLDS. (The others are matched to their best anchor all the same, but
@@ -70,13 +71,28 @@ def anchor_recall(
         image_scale: what the config's image sizes are multiplied by.
 
     Returns:
-        share in [0, 1] of the :func:`scaled_boxes`; NaN if there are none.
+        share in [0, 1] of the :func:`scaled_boxes` of each class that has any, by its name.
     """
     boxes, size = scaled_boxes(cfg, content, image_scale)
-    if not len(boxes):
-        return math.nan
     best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
-    return float((best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]).mean())
+    is_met = best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
+    classes = np.array([a["category_id"] for a in _usable(content)])
+    of_class = {c["name"]: is_met[classes == c["id"]] for c in content["categories"]}
+    return {name: float(met.mean()) for name, met in of_class.items() if len(met)}
+
+
+def mean_recall(recalls: Mapping[str, float]) -> float:
+    """The mean of :func:`anchor_recall` over the classes, as AP has it; NaN without any."""
+    return float(np.mean([*recalls.values()])) if recalls else math.nan
+
+
+def recall_in_words(recalls: Mapping[str, float]) -> str:
+    """The mean over the classes, and the class with the smallest share where there are several."""
+    text = f"{mean_recall(recalls):.0%} of the boxes"
+    if len(recalls) < 2:
+        return text
+    worst = min(recalls, key=lambda name: recalls[name])
+    return f"{text} (mean of {len(recalls)} classes; least: {worst}, {recalls[worst]:.0%})"
 
 
 def best_anchor_iou(
@@ -129,16 +145,21 @@ def scaled_boxes(
         for image in content["images"]
     }
     boxes, size, original = [], [], []
-    for a in content["annotations"]:
-        if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]:
-            image, new_size = resized[a["image_id"]]
-            boxes.append(a["bbox"])
-            size.append(new_size)
-            original.append((image["width"], image["height"]))
+    for a in _usable(content):
+        image, new_size = resized[a["image_id"]]
+        boxes.append(a["bbox"])
+        size.append(new_size)
+        original.append((image["width"], image["height"]))
     xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     return xyxy * np.tile(new / old, 2), new
+
+
+def _usable(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations that have an area and are no crowds."""
+    rows = content["annotations"]
+    return [a for a in rows if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]]
 
 
 def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
@@ -180,7 +201,7 @@ def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
 
 
 def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
-    """What larger images and smaller (or larger) anchors would do for :func:`anchor_recall`.
+    """What larger images and smaller (or larger) anchors would do for :func:`mean_recall`.
 
     Args:
         cfg: config of a RetinaNet.
@@ -194,9 +215,12 @@ def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
     step = max(1, len(content["annotations"]) // _MOST_ASKED)
     sample = {**content, "annotations": content["annotations"][::step]}
     grid = AnchorGrid.of(cfg)
-    larger = {s: anchor_recall(cfg, sample, anchors=grid, image_scale=s) for s in (1.5, 2.0)}
+    larger = {
+        s: mean_recall(anchor_recall(cfg, sample, anchors=grid, image_scale=s)) for s in (1.5, 2.0)
+    }
     others = {
-        s: anchor_recall(cfg, sample, anchors=grid.scaled(s)) for s in (0.25, 0.5, 0.75, 1.5, 2.0)
+        s: mean_recall(anchor_recall(cfg, sample, anchors=grid.scaled(s)))
+        for s in (0.25, 0.5, 0.75, 1.5, 2.0)
     }
     best = max(others, key=lambda scale: others[scale])
     images = ", ".join(

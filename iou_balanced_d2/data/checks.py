@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..errors import UserError
-from .anchors import anchor_advice, anchor_recall
+from .anchors import anchor_advice, anchor_recall, mean_recall, recall_in_words
 from .coco import check_folder, register_datasets_of
 from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import ConvertedDataset, prepare_dataset
@@ -195,12 +195,12 @@ def _named(problems: dict[str, list[str]]) -> str:
 
 
 def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:
-    share = anchor_recall(cfg, content)
-    if share < LOW_RECALL:
+    recalls = anchor_recall(cfg, content)
+    if mean_recall(recalls) < LOW_RECALL:
         threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
         logger.warning(
-            f"data set {name!r}: only {share:.0%} of the boxes meet an anchor at IoU {threshold}; "
-            f"{anchor_advice(cfg, content)}"
+            f"data set {name!r}: only {recall_in_words(recalls)} meet an anchor at IoU "
+            f"{threshold}; {anchor_advice(cfg, content)}"
         )
 
 

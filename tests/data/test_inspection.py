@@ -21,6 +21,8 @@ from iou_balanced_d2.data.anchors import (
     anchor_recall,
     best_anchor_iou,
     expected_w_loc,
+    mean_recall,
+    recall_in_words,
     scaled_boxes,
 )
 from iou_balanced_d2.data.coco_format import clean_coco, read_coco_json
@@ -124,12 +126,17 @@ def test_anchor_recall_by_hand(content, own_data):
         strict=True,
     ):
         annotation["bbox"] = box
-    assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+    assert anchor_recall(cfg, content) == pytest.approx({"square": 1 / 3})
     # At twice the size the 32 px square is 64 px, and the 8 px one 16 px: still one of three.
     cfg.INPUT.MIN_SIZE_TRAIN = (128,)
-    assert anchor_recall(cfg, content) == pytest.approx(1 / 3)
+    assert anchor_recall(cfg, content) == pytest.approx({"square": 1 / 3})
     cfg.INPUT.MIN_SIZE_TRAIN = (256,)
-    assert anchor_recall(cfg, content) == pytest.approx(2 / 3)
+    assert anchor_recall(cfg, content) == pytest.approx({"square": 2 / 3})
+    content["annotations"][0]["category_id"] = content["categories"][1]["id"]
+    recalls = anchor_recall(cfg, content)
+    assert recalls == pytest.approx({"square": 1 / 2, "circle": 1})
+    assert recall_in_words(recalls) == "75% of the boxes (mean of 2 classes; least: square, 50%)"
+    assert math.isnan(mean_recall(anchor_recall(cfg, {**content, "annotations": []})))
 
 
 def every_anchor_iou(cfg, content):
