@@ -196,8 +196,9 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="", help="MODEL.WEIGHTS of all runs")
     add("--output", help="folder of the runs; output/<protocol> if not given")
     add("--records", help="folder for a small record of each complete run, see "
-        "docs/comparing_runs.md; its detections may be deleted then")  # fmt: skip
-    add("--at-once", type=_at_least(1), help="runs at the same time; else what memory holds")
+        "docs/reproducing.md; of several data sets its detections may then be deleted")  # fmt: skip
+    add("--at-once", type=_at_least(1), help="runs at the same time; else what memory and "
+        "cores hold, of --config-file one")  # fmt: skip
 
 
 def _add_visualize(parser: argparse.ArgumentParser) -> None:

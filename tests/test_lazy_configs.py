@@ -151,6 +151,7 @@ def test_mistakes_are_one_line(command, capsys):
         (["train.init_checkpoint='no.pth?matching_heuristics=True'"], "not found"),
         (["train.device=5"], "train.device must be a text, got 5"),
         (["model=3"], "model must have keys of its own, got 3"),
+        (["train.amp=null"], "train.amp must have keys of its own, got None"),
         (["train.max_iter=[1"], "train.max_iter=[1: "),
         (["train.max_iter=100,200"], "train.max_iter=100,200: "),
         (["train.amp.enabled=True", "train.device=cpu"], "train.amp.enabled needs a GPU"),

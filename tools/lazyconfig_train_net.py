@@ -71,9 +71,9 @@ def load(args: argparse.Namespace) -> DictConfig:
         cfg = LazyConfig.apply_overrides(cfg, args.opts)
     except Exception as error:  # of hydra or omegaconf
         raise UserError(f"{' '.join(args.opts)}: {str(error).splitlines()[0]}") from error
-    for part in PARTS:
-        if not isinstance(cfg[part], DictConfig):
-            raise UserError(f"{part} must have keys of its own, got {cfg[part]!r}")
+    for part in (*PARTS, "train.amp"):
+        if not isinstance(node := OmegaConf.select(cfg, part), DictConfig):
+            raise UserError(f"{part} must have keys of its own, got {node!r}")
     for key in ("device", "init_checkpoint", "output_dir"):
         if not isinstance(cfg.train[key], str):
             raise UserError(f"train.{key} must be a text, got {cfg.train[key]!r}")
@@ -83,7 +83,7 @@ def load(args: argparse.Namespace) -> DictConfig:
         raise UserError(f"model.iou_balanced: {error}") from error
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
-    if cfg.train.amp.enabled and not cfg.train.device.startswith("cuda"):
+    if cfg.train.amp.enabled and not (args.eval_only or cfg.train.device.startswith("cuda")):
         raise UserError("train.amp.enabled needs a GPU: float16 on a CPU has no gradient scaling")
     weights = cfg.train.init_checkpoint
     if weights and "://" not in weights and not os.path.isfile(weights.split("?")[0]):

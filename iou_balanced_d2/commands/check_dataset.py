@@ -68,7 +68,10 @@ def print_findings(report: Report, most: int) -> None:
 def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
     recalls = anchor_recall(cfg, content)
-    print(f"anchor recall: {recall_in_words(recalls)} meet an anchor at IoU {threshold}", end="")
+    print(
+        f"anchor recall: {clean(recall_in_words(recalls))} meet an anchor at IoU {threshold}",
+        end="",
+    )
     too_few = mean_recall(recalls) < LOW_RECALL
     print(f": too few; {anchor_advice(cfg, content)}" if too_few else "")
     options = loss_options(cfg)

@@ -41,15 +41,16 @@ def parse_side(text: str) -> tuple[str, list[str]]:
     if not sign or os.path.exists(text):
         name, rest = "", text
     paths: list[str] = []
-    for part in filter(None, rest.split(",")):
-        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+    for part in [rest] if os.path.exists(rest) else filter(None, rest.split(",")):
+        is_pattern = glob.has_magic(part) and not os.path.exists(part)
+        found = sorted(glob.glob(part)) if is_pattern else [part]
         if not found:
             raise UserError(f"no run fits {part!r}")
         paths += [os.path.normpath(path) for path in found]
     if not paths:
         raise UserError(f"side {text!r} has no run")
     if not name:
-        first = Path(paths[0]).resolve()
+        first = Path(os.path.abspath(paths[0]))  # a link keeps its own name
         name = first.stem if first.is_file() else first.name
         if len(paths) > 1:
             name = re.sub(r"[-_.]?(seed|run)?[-_.]?\d+$", "", name) or name

@@ -15,7 +15,6 @@ import textwrap
 import time
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,12 +117,12 @@ def run(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     device = DEVICES[args.device or ("cuda" if torch.cuda.is_available() else "cpu")]
     splits = find_splits(args.photos)
-    if not has_object(splits["train"].content, "ignore"):
-        raise UserError(f"{args.photos}: no photo to train on has a usable box")
     judge = next((split for split in ("valid", "test") if split in splits), "")
     make_folder(args.output.parent)
     if not judge:
         splits, judge = hold_out(splits["train"], args.photos, args.output), "valid"
+    if not has_object(splits["train"].content, "ignore"):  # of what is not held out
+        raise UserError(f"{args.photos}: no photo to train on has a usable box")
     base = load_config(get_config_file(device.base))
     chosen = choose(base, args, device, splits["train"].content)
     settings = [
@@ -149,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output {args.output} is there already: name another, or --overwrite")
-    if args.weights and "://" not in args.weights and not Path(args.weights).is_file():
+    weights = args.weights.split("?")[0]
+    if weights and "://" not in weights and not Path(weights).is_file():
         raise UserError(f"--weights {args.weights!r} not found")
     if args.epochs is not None and not 0 < args.epochs < math.inf:
         raise UserError(f"--epochs must be a number above 0, got {args.epochs:g}")
@@ -270,7 +270,7 @@ def model_settings(
          "`reproduce` trains with both and compares."),
         ("MODEL.IOU_BALANCED.LOC_LAMBDA", 1.5, ""),
         ("MODEL.ANCHOR_GENERATOR.SIZES", anchors, f"{chosen.scale:g} x RetinaNet's usual ones: "
-         f"{recall_in_words(chosen.recalls)} meet one at IoU 0.5 then."),
+         f"{clean(recall_in_words(chosen.recalls))} meet one at IoU 0.5 then."),
         ("INPUT.MIN_SIZE_TRAIN", list(chosen.min_sizes), sides),
         ("INPUT.MAX_SIZE_TRAIN", chosen.max_size, ""),
         ("INPUT.MIN_SIZE_TEST", chosen.min_sizes[-1], "As in training."),
@@ -304,8 +304,10 @@ def solver_settings(
     ]  # fmt: skip
 
 
-# (YAML would read an emoji's two escapes as two characters.)
-to_json = partial(json.dumps, ensure_ascii=False)
+def to_json(value: Any) -> str:
+    """JSON that YAML reads alike: what it can't print is one escape, an emoji not two."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def to_yaml(settings: Settings) -> str:
@@ -334,7 +336,7 @@ def heading(args: argparse.Namespace, device: Device, price: str, commands: list
         "double MAX_ITER, STEPS and WARMUP_ITERS; or lower INPUT's sizes."
     )
     lines = [*textwrap.wrap(text, 96), "", *commands]
-    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    return "".join(f"# {clean(line)}".rstrip() + "\n" for line in lines)
 
 
 def next_commands(args: argparse.Namespace) -> list[str]:
@@ -353,7 +355,7 @@ def summary(splits: dict[str, Split], chosen: Chosen) -> str:
     return (
         f"Images: {images}. Classes: {len(names)} ({', '.join(map(clean, names[:8]))})\n"
         f"Sizes: up to {chosen.max_size} px; anchors x {chosen.scale:g}, which "
-        f"{recall_in_words(chosen.recalls)} meet\n"
+        f"{clean(recall_in_words(chosen.recalls))} meet\n"
         f"Schedule: {chosen.iterations} iterations of {chosen.batch} images, "
         f"{chosen.iterations * chosen.batch / chosen.images:.1f} epochs"
     )

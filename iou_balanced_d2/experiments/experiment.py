@@ -32,8 +32,8 @@ class Experiment:
         protocol: what to run.
         output: folder of ``<data set>/<variant>/seed<n>``.
         at_once: how many runs at the same time.
-        records: folder for the record of each complete run; None writes none. A run with a record
-            is done, also where its folder is gone.
+        records: folder for the record of each complete run; None writes none. Of several data sets
+            a run with a record is done, also where its folder is gone.
         train: what Python is started with for a run.
     """
 
@@ -89,7 +89,8 @@ class Experiment:
 
     def _done(self, run: Run) -> bool:
         """Whether the run is complete; of several data sets a record of it is enough to compare."""
-        return run.complete or (len(self.protocol.data_sets) > 1 and bool(self._kept(run)))
+        has_record = bool(self._kept(run))  # raises for one of other settings: before any run
+        return run.complete or (has_record and len(self.protocol.data_sets) > 1)
 
     def _kept(self, run: Run) -> dict[str, Any]:
         """The record of a run; empty if there is none."""

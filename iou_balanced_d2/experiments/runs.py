@@ -69,8 +69,8 @@ class Run:
         text = self._config_text()
         if self.config_file.is_file() and self.config_file.read_text() != text:
             raise UserError(
-                f"{self.folder} holds a run with other settings than the protocol's; delete it, or "
-                "give another --output"
+                f"{self.folder} holds a run with other settings than those asked for now; delete "
+                "it, or give another --output"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, text)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def test_each_run_is_made_once_in_a_folder_of_its_own(experiment, tmp_path, caps
     lines = capsys.readouterr().out.splitlines()
     where = "runs/<data set>/<variant>/seed<n>/console.txt"
     assert lines[0] == f"6 runs, 2 at a time; each writes its output to {tmp_path}/{where}"
-    assert lines.index("set/loc/seed1: started") < lines.index("set/loc/seed1: done (0.0 min)")
+    (done,) = (i for i, line in enumerate(lines) if line.startswith("set/loc/seed1: done ("))
+    assert lines.index("set/loc/seed1: started") < done
     folder = tmp_path / "runs/set/x_y_z/seed2"
     assert calls(folder) == ["started"]
     assert yaml.safe_load((folder / "run.yaml").read_text())["SEED"] == 2
@@ -134,6 +136,13 @@ def test_a_run_with_other_settings_is_not_mixed_in(experiment):
     experiment().carry_out()
     with pytest.raises(UserError, match=r"seed1 holds a run with other settings .*delete it, or"):
         experiment(variants={"loc": {"SOLVER.BASE_LR": 0.5}}).carry_out()
+
+
+def test_a_record_of_other_settings_is_refused_before_the_runs(experiment, tmp_path):
+    (tmp_path / "set-loc-seed1.json").write_text(json.dumps({"settings": {"SOLVER.BASE_LR": 9}}))
+    with pytest.raises(UserError, match=r"set-loc-seed1\.json is of a run with other settings"):
+        replace(experiment(), records=tmp_path).carry_out()
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_the_held_out_part_is_drawn_once_and_leaves_the_rest(tmp_path, coco):

@@ -162,6 +162,16 @@ def test_sides_must_fit_together(folder, tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
+def test_links_and_odd_file_names_are_taken_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"of_{name}/out").mkdir(parents=True)
+        (tmp_path / name).symlink_to(f"of_{name}/out")
+    (tmp_path / "p,q[1].json").write_text("[]")
+    sides = compare_runs.sides_of(["a", "b", "p,q[1].json"])
+    assert sides == {"a": ["a"], "b": ["b"], "p,q[1]": ["p,q[1].json"]}
+
+
 def test_the_report_leads_to_those_on_alignment(folder):
     page = folder / "better1/inference/shapes/alignment/index.html"
     page.parent.mkdir(parents=True)

@@ -201,10 +201,10 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
             common = by_variant.get(first, {}).keys() & by_variant.get(other, {}).keys()
             if len(common) > 1:
                 found[other][dataset] = _paired_effects(dataset, by_variant, first, other)
-            elif common:
+            elif {first, other} <= by_variant.keys():
                 logger.warning(
-                    f"{dataset}: {first} and {other} have 1 seed in common: two or more are "
-                    "needed; left out"
+                    f"{dataset}: {first} and {other} have {len(common) or 'no'} seed in common: "
+                    "two or more are needed; left out"
                 )
     return _against(first, found)
 
@@ -323,6 +323,7 @@ def compare_runs_by_dataset(
     found: dict[str, dict[str, list[Effect]]] = {name: {} for name in others}
     for dataset, by_side in runs.items():
         if first not in by_side or len(by_side) < 2:
+            logger.warning(f"{dataset}: only runs of {', '.join(by_side)}; left out")
             continue
         ordered = {name: by_side[name] for name in sides if name in by_side}
         comparison = compare_sides(ordered, resamples=resamples, seed=seed)

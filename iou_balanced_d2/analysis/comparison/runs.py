@@ -130,11 +130,11 @@ def _read_datasets(file: str) -> CfgNode:
 def json_file_of(name: str) -> str:
     """The annotations of a registered data set, converted or drawn if need be."""
     if name not in DatasetCatalog:
-        raise UserError(f"data set {name!r} is not registered: give --ground-truth {name}=FILE")
+        raise UserError(f"data set {name!r} is not registered: name one by --ground-truth")
     prepare_dataset(name)
     json_file = MetadataCatalog.get(name).get("json_file")
     if not json_file:
-        raise UserError(f"data set {name!r} has no JSON file: give --ground-truth {name}=FILE")
+        raise UserError(f"data set {name!r} has no JSON file: name one by --ground-truth")
     if name.startswith("iou_balanced_demo_"):
         ensure_demo_datasets(str(Path(json_file).parents[2]))
     return str(json_file)

@@ -117,7 +117,8 @@ def differences(
         weights: (B, N), how often each of N images was drawn.
 
     Returns:
-        M differences; all fields NaN where a metric is undefined.
+        M differences; all fields NaN where a metric is undefined, all but the value where the
+        images drawn never change it.
     """
     value = other.plain.mean(axis=0) - first.plain.mean(axis=0)
     drawn = other.drawn.mean(axis=0) - first.drawn.mean(axis=0)

@@ -84,6 +84,14 @@ def test_a_variant_that_has_only_begun_does_not_stop_the_others(tmp_path, caplog
     assert "set0: base and cls have 1 seed in common: two or more are needed" in caplog.text
 
 
+def test_a_data_set_without_common_seeds_is_left_out_in_a_warning(tmp_path, caplog):
+    paths = write_records(tmp_path)
+    alone = {"set0-base-0.json", "set0-both-1.json", "set0-both-2.json"}
+    (against,) = compare_records([p for p in paths if "set0" not in p.name or p.name in alone])
+    assert [effect.name for effect in against.effects["AP"]] == ["set1", "set2", "set3"]
+    assert "set0: base and both have no seed in common" in caplog.text
+
+
 def test_what_no_run_finds_is_left_out(tmp_path):
     (against,) = compare_records(write_records(tmp_path))
     assert against.effects["AP90"][0].standard_error == 0
