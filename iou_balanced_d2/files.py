@@ -53,16 +53,20 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     _sync_folder(folder)
 
 
-def make_folder(folder: str | Path, flag: str = "--output") -> None:
+def make_folder(folder: str | Path) -> Path:
     """Make a folder, and those above it; it may be there.
 
+    Returns:
+        the folder.
+
     Raises:
-        UserError: naming the flag, if it can't be made.
+        UserError: naming it, if it can't be made.
     """
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {str(folder)!r} can't be written: {error.strerror}") from error
+        raise UserError(f"{str(folder)!r} can't be written: {error.strerror}") from error
+    return Path(folder)
 
 
 def remove_unfinished(folder: str | Path) -> None:

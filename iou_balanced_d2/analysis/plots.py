@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..errors import UserError
 from .page import clean
 
 T = TypeVar("T")
@@ -54,16 +53,3 @@ def save_figure(figure: Figure, file: Path) -> Path:
     figure.savefig(file, dpi=130)
     figure.savefig(file.with_suffix(".svg"))
     return file
-
-
-def make_folder(folder: str | Path) -> Path:
-    """The folder of a report, made if absent.
-
-    Raises:
-        UserError: if it can't be made.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from error
-    return Path(folder)

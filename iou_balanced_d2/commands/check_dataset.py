@@ -83,7 +83,7 @@ def draw(name: str, folder: str, most: int) -> None:
     """Boxes on the images with most of them; each picture is named after its image's id."""
     metadata = MetadataCatalog.get(name)
     records = sorted(DatasetCatalog.get(name), key=lambda d: -len(d["annotations"]))[:most]
-    make_folder(folder, "--pictures")
+    make_folder(folder)
     for record in records:
         with contextlib.suppress(Exception):  # it has been named above
             image = read_image(record["file_name"], "RGB")

@@ -161,7 +161,7 @@ def test_mistakes_are_one_line(command, tmp_path, capsys, monkeypatch):
     assert command("--image", "weights.pth") == 2
     assert "error: --image 'weights.pth' can't be read: not an image" in capsys.readouterr().err
     assert command("--output", "weights.pth") == 2
-    assert "error: --output 'weights.pth' can't be written: File exists" in capsys.readouterr().err
+    assert "error: 'weights.pth' can't be written: File exists" in capsys.readouterr().err
     assert command("INPUT.FORMAT", "BGR", "--format", "onnx") == 2
     assert "error: --format must stand before the KEY VALUE" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -15,9 +15,9 @@ import numpy as np
 from tabulate import tabulate
 
 from ...errors import UserError
-from ...files import write_atomically, write_text
+from ...files import make_folder, write_atomically, write_text
 from ..page import clean, markdown_text, plain
-from ..plots import make_folder, style
+from ..plots import style
 from .compare import compare_sides, content_of
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed

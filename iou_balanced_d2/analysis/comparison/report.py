@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import write_text
+from ...files import make_folder, write_text
 from ..page import Page, plain
-from ..plots import make_folder, save_figure
+from ..plots import save_figure
 from .compare import Comparison, SideResult
 from .figures import ap_over_iou
 from .statistics import Difference, format_p
