@@ -76,7 +76,7 @@ def anchor_recall(
     boxes, size = scaled_boxes(cfg, content, image_scale)
     best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
     is_met = best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-    classes = np.array([a["category_id"] for a in _usable(content)])
+    classes = np.array([a["category_id"] for a in _usable(cfg, content)])
     of_class = {c["name"]: is_met[classes == c["id"]] for c in content["categories"]}
     return {name: float(met.mean()) for name, met in of_class.items() if len(met)}
 
@@ -127,25 +127,16 @@ def best_anchor_iou(
 def scaled_boxes(
     cfg: CfgNode, content: dict[str, Any], image_scale: float
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The objects as resized for training, those that have an area and are no crowds.
+    """The objects as resized for training: what is inside of its image and trained on.
 
     Returns:
         boxes (G, 4), XYXY in pixels; width and height (G, 2) of their images.
     """
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    shortest = round(sizes[len(sizes) // 2] * image_scale)
-    longest = round(cfg.INPUT.MAX_SIZE_TRAIN * image_scale)
     resized = {
-        image["id"]: (
-            image,
-            ResizeShortestEdge.get_output_shape(image["height"], image["width"], shortest, longest)[
-                ::-1
-            ],
-        )
-        for image in content["images"]
+        image["id"]: (image, _resized(cfg, image, image_scale)) for image in content["images"]
     }
     boxes, size, original = [], [], []
-    for a in _usable(content):
+    for a in _usable(cfg, content):
         image, new_size = resized[a["image_id"]]
         boxes.append(a["bbox"])
         size.append(new_size)
@@ -153,13 +144,40 @@ def scaled_boxes(
     xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    return xyxy * np.tile(new / old, 2), new
+    # detectron2's mapper clips them.
+    return xyxy.clip(0, np.tile(old, 2)) * np.tile(new / old, 2), new
 
 
-def _usable(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The annotations that have an area and are no crowds."""
-    rows = content["annotations"]
-    return [a for a in rows if a["bbox"][2] > 0 and a["bbox"][3] > 0 and not a["iscrowd"]]
+def _usable(cfg: CfgNode, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations that a training sees, as :func:`load_training_dicts` chooses them."""
+    counted = (0, 1) if cfg.DATASETS.VOC_DIFFICULT == "count" else (0,)
+    rows = [
+        a for a in content["annotations"] if not a["iscrowd"] and a.get("difficult", 0) in counted
+    ]
+    sides = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    box = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)
+    size = np.array([sides[a["image_id"]] for a in rows]).reshape(-1, 2)
+    inside = np.minimum(box[:, :2] + box[:, 2:], size) > box[:, :2].clip(min=0)
+    good = np.isfinite(box).all(axis=1) & inside.all(axis=1)
+    return [a for a, is_good in zip(rows, good, strict=True) if is_good]
+
+
+def _shortest(cfg: CfgNode) -> float:
+    """The middle of the shorter sides of images in training; 0 leaves them as they are."""
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        return float(sizes[0] + sizes[-1]) / 2
+    return float(sizes[len(sizes) // 2])
+
+
+def _resized(cfg: CfgNode, image: dict[str, Any], scale: float) -> tuple[int, int]:
+    """Width and height of an image in training, at ``scale`` times the config's sizes."""
+    width, height = image["width"], image["height"]
+    shortest, longest = _shortest(cfg), round(cfg.INPUT.MAX_SIZE_TRAIN * scale)
+    if not shortest:
+        return round(width * scale), round(height * scale)
+    new = ResizeShortestEdge.get_output_shape(height, width, round(shortest * scale), longest)
+    return new[1], new[0]
 
 
 def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
@@ -210,8 +228,7 @@ def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
     Returns:
         one line.
     """
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    shortest = sizes[len(sizes) // 2]
+    shortest, longest = _shortest(cfg), cfg.INPUT.MAX_SIZE_TRAIN
     step = max(1, len(content["annotations"]) // _MOST_ASKED)
     sample = {**content, "annotations": content["annotations"][::step]}
     grid = AnchorGrid.of(cfg)
@@ -224,7 +241,11 @@ def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
     }
     best = max(others, key=lambda scale: others[scale])
     images = ", ".join(
-        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)}" for s, share in larger.items()
+        f"{share:.0%} at INPUT.MIN_SIZE_TRAIN {round(shortest * s)} MAX_SIZE_TRAIN "
+        f"{round(longest * s)}"
+        if shortest
+        else f"{share:.0%} with images {s:g} times as large"
+        for s, share in larger.items()
     )
     return (
         f"it would be {images}, and {others[best]:.0%} with MODEL.ANCHOR_GENERATOR.SIZES x {best:g}"

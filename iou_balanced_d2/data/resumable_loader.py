@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Sample = tuple[int, int]  # its number in this process's part of the stream, its image's index
 Mapper = Callable[[dict[str, Any]], Any]
 _SAMPLER, _AUGMENTATION, _STEP = range(3)
+_MOST_SKIPPED = 100  # images in a row
 
 
 def seed_all(*entropy: int) -> None:
@@ -110,7 +111,8 @@ class ResumableLoader:
         Args:
             cfg: the full config.
             dicts: detectron2's dataset dicts.
-            mapper: makes a training example of a dict.
+            mapper: makes a training example of a dict; None skips it, as in detectron2: another
+                image takes its place.
             init_worker: called in each data worker before it loads anything.
         """
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -157,7 +159,19 @@ class ResumableLoader:
         number, index = sample
         number = number * self._world_size + self._rank
         with seeded(_AUGMENTATION, self.seed, number):
-            return self._mapper(self._dicts[index])
+            for _ in range(_MOST_SKIPPED):
+                if (example := self._mapper(self._dicts[index])) is not None:
+                    return example
+                index = self._another(index)
+        raise UserError(f"the mapper has skipped {_MOST_SKIPPED} images in a row")
+
+    def _another(self, index: int) -> int:
+        """Some image; where images are grouped one of the same group, on which resuming relies."""
+        shape = self._wide[index] if self._grouping else None
+        while True:
+            other = int(np.random.randint(len(self._dicts)))
+            if shape is None or self._wide[other] == shape:
+                return other
 
     def _replay(self, sampler: Iterable[int]) -> tuple[list[Sample], int]:
         """What the iterations before the first have left.

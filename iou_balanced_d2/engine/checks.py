@@ -142,7 +142,7 @@ def warn_linear_rule(cfg: CfgNode) -> None:
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     rate_per_image = interface_of(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)).lr_per_image
     expected = rate_per_image * batch
-    if cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
+    if expected and cfg.MODEL.WEIGHTS and abs(rate / expected - 1) > 0.1:
         logger.warning(
             f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: the linear rule "
             f"({16 * rate_per_image:g} for 16 images) gives {expected:g} "

@@ -87,7 +87,9 @@ class StepTrainer(SimpleTrainer):
         self.batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         with autocast(self.model, self.precision):
-            losses: dict[str, Tensor] = self.model(self.batch)
+            losses: dict[str, Tensor] | Tensor = self.model(self.batch)
+            if isinstance(losses, Tensor):  # as detectron2's SimpleTrainer
+                losses = {"total_loss": losses}
             total: Any = sum(losses.values())
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()

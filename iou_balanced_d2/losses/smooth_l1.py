@@ -3,7 +3,7 @@
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 
-from .weights import iou_balanced_loc_weights
+from .weights import at_least_float32, iou_balanced_loc_weights
 
 
 def iou_balanced_smooth_l1_loss(
@@ -27,7 +27,8 @@ def iou_balanced_smooth_l1_loss(
         w_loc: constant of eq. 4, see :func:`measure_w_loc`.
 
     Returns:
-        Scalar sum, not yet divided by the number of positives.
+        Scalar sum, float32 (float64 for float64 deltas), not yet divided by the number of
+        positives.
 
     Raises:
         ValueError: if shapes do not fit or lambda_ is negative.
@@ -37,5 +38,6 @@ def iou_balanced_smooth_l1_loss(
             f"expected pred and target of shape (P, 4) and iou (P,), got {tuple(pred.shape)}, "
             f"{tuple(target.shape)} and {tuple(iou.shape)}"
         )
+    pred, target, iou = map(at_least_float32, (pred, target, iou))
     weights = iou_balanced_loc_weights(iou, lambda_=lambda_, w_loc=w_loc)
     return (smooth_l1_loss(pred, target, beta=beta, reduction="none").sum(dim=1) * weights).sum()

@@ -24,6 +24,11 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers; sums in half precision overflow, or stand still from 256 terms on."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _powered(iou: Tensor, name: str, power: float) -> Tensor:
     """iou^power of eq. 2 and 4, of any shape; an error calls the power ``name``."""
     check_not_negative(name, power)
@@ -46,6 +51,7 @@ def plain_and_balanced_sums(
         the two sums, scalars, or (G,) for G groups.
     """
     _check_rows(iou=iou, loss=loss, **({} if group is None else {"group": group}))
+    iou, loss = at_least_float32(iou), at_least_float32(loss)
     balanced = _powered(iou, "power", power) * loss
     if group is None:
         return loss.sum(), balanced.sum()
@@ -85,13 +91,14 @@ def iou_balanced_cls_weights(
             than these, such as those of all processes; None takes them over these.
 
     Returns:
-        (P,) float without gradient. Where a group's denominator is 0 (every box misses its
-        ground truth, or no loss at all) its weights are 1.
+        (P,) float without gradient, float32 for a loss in half precision. Where a group's
+        denominator is 0 (every box misses its ground truth, or no loss at all) its weights are 1.
 
     Raises:
         ValueError: if shapes differ or eta is negative.
     """
     # In the loss's type: the scale of float64 losses can be beyond float32, and inf * 0 is NaN.
+    cls_loss = at_least_float32(cls_loss)
     iou = iou.to(cls_loss.dtype)
     powered = _powered(iou, "eta", eta)
     if sums is None:

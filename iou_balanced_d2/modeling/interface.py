@@ -14,7 +14,7 @@ class DetectorInterface(Protocol):
     """
 
     #: The usual learning rate for each image of the batch; a warning compares SOLVER.BASE_LR with
-    #: it. This is detectron2's and the paper's of RetinaNet, and detectron2's of FCOS.
+    #: it. This is detectron2's and the paper's of RetinaNet, and detectron2's of FCOS. 0 is none.
     lr_per_image: ClassVar[float] = 0.01 / 16
     #: How many scores each anchor has beside those of the K classes.
     num_background_scores: ClassVar[int] = 0

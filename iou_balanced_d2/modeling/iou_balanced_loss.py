@@ -50,6 +50,8 @@ class _Sums(NamedTuple):
     loc: Tensor  # sum of the plain localization loss
     loc_balanced: Tensor  # sum of iou^lambda * localization loss
     iou: Tensor
+    measured: Tensor  # what w_loc is measured with: loc, or that at the anchors
+    measured_balanced: Tensor  # likewise of loc_balanced
 
 
 class IoUBalancedLoss(nn.Module):
@@ -180,7 +182,8 @@ class IoUBalancedLoss(nn.Module):
             "loss_box_reg": self.options.bbox_reg_loss_weight * (loc_loss * loc_weights).sum(),
             **(extra_losses(positives, anchor, gt) if extra_losses else {}),
         }
-        divisor = self._divisor(sums).to(loss_cls.dtype)
+        # A copy: the backward pass needs it after a next forward pass has updated the average.
+        divisor = self._divisor(sums).to(loss_cls.dtype, copy=True)
         return {name: loss / divisor for name, loss in losses.items()}
 
     def _scope(self, positives: Positives, sums: _Sums) -> dict[str, Any]:
@@ -226,7 +229,7 @@ class IoUBalancedLoss(nn.Module):
         iou, cls_loss, loc_loss = iou.double(), cls_loss.double(), loc_loss.double()
         cls = plain_and_balanced_sums(iou, cls_loss, power=self.cls_eta)
         loc = plain_and_balanced_sums(iou, loc_loss, power=self.options.loc_lambda)
-        return _Sums(torch.ones_like(iou).sum(), *cls, *loc, iou.sum())
+        return _Sums(torch.ones_like(iou).sum(), *cls, *loc, iou.sum(), *loc)
 
     @torch.no_grad()
     def sums_at_anchors(self, anchor: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,11 +250,11 @@ class IoUBalancedLoss(nn.Module):
         return plain_and_balanced_sums(iou, loc_loss, power=self.options.loc_lambda)
 
     def _measured_at_anchors(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
-        """For the rule "anchors": the box loss's sums are those at the anchors."""
+        """For the rule "anchors": w_loc is measured with the box loss at the anchors."""
         if not self.w_loc_measurement.measures_anchors():
             return sums
-        loc, loc_balanced = self.sums_at_anchors(anchor, gt)
-        return sums._replace(loc=loc, loc_balanced=loc_balanced)
+        measured, measured_balanced = self.sums_at_anchors(anchor, gt)
+        return sums._replace(measured=measured, measured_balanced=measured_balanced)
 
     def _divisor(self, sums: _Sums) -> Tensor:
         return self.num_pos_ema if self.options.normalizer == "ema" else sums.num_pos.clamp(min=1)
@@ -261,7 +264,7 @@ class IoUBalancedLoss(nn.Module):
         """Update the average of positives and w_loc; the sums are the same on every process."""
         new = sums.num_pos.clamp(min=1) * (1 - _EMA_MOMENTUM)
         self.num_pos_ema.mul_(_EMA_MOMENTUM).add_(new)
-        self.w_loc_measurement.update(sums.loc, sums.loc_balanced)
+        self.w_loc_measurement.update(sums.measured, sums.measured_balanced)
 
     def _log(self, sums: _Sums, *, num_images: int, num_pos: int) -> None:
         """Write the scalars named after the keys, as often as detectron2's writers print."""

@@ -30,7 +30,8 @@ def label_anchors(
         anchors: L Boxes of R_l anchors, the same for every image.
         gt_instances: N Instances with ``gt_boxes`` and ``gt_classes``.
         matcher: the IoU thresholds and their labels, and whether each box also gets the anchors
-            of its highest IoU ("low-quality matches").
+            of its highest IoU ("low-quality matches"). One of another class than detectron2's gets
+            the whole IoU (G, R), as from detectron2.
         num_classes: number of classes, K.
 
     Returns:
@@ -46,7 +47,7 @@ def label_anchors(
             gt_labels.append(torch.full((len(flat),), num_classes, device=flat.device))
             gt_boxes.append(torch.zeros_like(flat))
             continue
-        if len(boxes) * len(flat) <= _FEW_PAIRS:
+        if len(boxes) * len(flat) <= _FEW_PAIRS or type(matcher) is not Matcher:
             match, label = matcher(pairwise_iou(gt.gt_boxes, Boxes(flat)))
         else:
             blocks = blocks or _blocks_of(anchors)

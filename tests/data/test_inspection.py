@@ -139,6 +139,23 @@ def test_anchor_recall_by_hand(content, own_data):
     assert math.isnan(mean_recall(anchor_recall(cfg, {**content, "annotations": []})))
 
 
+def test_anchor_recall_is_of_what_is_trained_on(content, own_data):
+    cfg, _ = config_of(own_data, "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    before = anchor_recall(cfg, content)
+    tiny = {**content["annotations"][0], "id": 99, "bbox": [9, 9, 1, 1], "difficult": 1}
+    with_tiny = {**content, "annotations": [*content["annotations"], tiny]}
+    assert anchor_recall(cfg, with_tiny) == before, "difficult ones are left out"
+    cfg.DATASETS.VOC_DIFFICULT = "count"
+    assert anchor_recall(cfg, with_tiny) != before
+    cfg.INPUT.MIN_SIZE_TRAIN = (0,)  # the images as they are, of 64 px
+    assert anchor_recall(cfg, content) == before
+    boxes, _ = scaled_boxes(cfg, content, 1.0)
+    content["annotations"][0]["bbox"] = [8, 10, 28, 900]  # it is clipped
+    assert scaled_boxes(cfg, content, 1.0)[0][0].tolist() == [8, 10, 36, 64]
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (64, 192), "range"
+    np.testing.assert_allclose(scaled_boxes(cfg, content, 1.0)[0][1:], 2 * boxes[1:])
+
+
 def every_anchor_iou(cfg, content):
     """The best IoU of each box with all anchors of its image, all made by detectron2."""
     backbone = build_backbone(cfg)

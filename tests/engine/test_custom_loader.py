@@ -92,6 +92,28 @@ def test_a_mapper_of_ones_own_keeps_the_stream(cfg, caplog):
     assert next(batches)[0]["image"].shape[1:] == (64, 64)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_mapper_may_skip_images(cfg, grouped):
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouped
+    dicts = [{"id": i, "width": 9, "height": 5 + 9 * (i % 2), "annotations": []} for i in range(20)]
+
+    def odd_thirds_only(record):
+        return record if record["id"] % 3 == 1 else None
+
+    def batches(first, number):
+        loader = ResumableLoader(cfg, dicts, odd_thirds_only)
+        loader.start_iter = first
+        iterator = iter(loader)
+        return [[record["id"] for record in next(iterator)] for _ in range(number)]
+
+    found = batches(0, 12)
+    assert {i % 3 for batch in found for i in batch} == {1}
+    assert batches(7, 5) == found[7:]
+    loader = ResumableLoader(cfg, dicts, lambda record: None)
+    with pytest.raises(UserError, match="has skipped 100 images in a row"):
+        next(iter(loader))
+
+
 def test_errors_of_a_mapper_of_ones_own_name_the_image(cfg):
     def broken(record):
         raise ValueError("no such channel")

@@ -14,7 +14,7 @@ from torch import nn
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.main import evaluate
 from iou_balanced_d2.engine.optimizer import WeightsAverage
-from iou_balanced_d2.engine.safe_load import BrokenCheckpoint
+from iou_balanced_d2.engine.safe_load import BrokenCheckpoint, weights_of
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.engine.trainer import Trainer
 from iou_balanced_d2.errors import UserError
@@ -117,6 +117,14 @@ OTHERS = [
 def test_odd_contents_of_other_layouts_are_named(tmp_path, suffix, content, said):
     path = write(tmp_path / f"x{suffix}", content)
     assert said in refusal(trained().resume_or_load, path, resume=False)
+
+
+def test_torchvisions_vgg16_for_ssd_may_hold_nan_where_ssd_has_no_layers():
+    nan = torch.full((2, 2), np.nan)
+    weights = {"features.0.weight": W, "classifier.0.weight": nan}
+    assert weights_of("vgg.pth", dict(weights)).keys() == weights.keys()
+    with pytest.raises(UserError, match=r"'features.*weight': it holds NaN"):
+        weights_of("vgg.pth", {**weights, "features.0.weight": nan})
 
 
 # Parts of a checkpoint -> what is in their place.

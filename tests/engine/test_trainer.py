@@ -1,8 +1,11 @@
 """The trainer's own parts: gradient clipping of the whole model, and the losses' saved state."""
 
 import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
 
 from iou_balanced_d2.engine.checkpoint import LossState
+from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.engine.trainer import Trainer
 
 from ..toy import toy_config, toy_model
@@ -40,3 +43,20 @@ def test_a_plain_detectors_checkpoint_leaves_the_state_fresh():
     model = toy_model()
     LossState(model).load_state_dict({"losses": []})
     assert model.iou_balanced_loss.num_pos_ema == 100
+
+
+def test_a_model_may_return_one_loss():
+    class OneLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs):
+            return self.weight.sum()
+
+    model = OneLoss()
+    trainer = StepTrainer(model, [[{}]] * 2, torch.optim.SGD(model.parameters(), 0.5))
+    trainer.iter = 0
+    with EventStorage(0):
+        trainer.run_step()
+    assert model.weight.item() == 0.5

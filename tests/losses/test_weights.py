@@ -114,3 +114,17 @@ def test_shapes_that_do_not_fit_are_refused():
         iou_balanced_cls_weights(torch.ones(2), torch.ones(3), eta=1.0)
     with pytest.raises(ValueError, match="one shape"):
         measure_w_loc(torch.ones(2, 1), torch.ones(2, 1), lambda_=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_neither_overflow_nor_stand_still(dtype):
+    rng = torch.Generator().manual_seed(0)
+    iou = torch.rand(20_000, generator=rng).to(dtype)
+    loss = (4.4 + torch.rand(20_000, generator=rng)).to(dtype)
+    group = torch.arange(20_000) % 3
+    for groups in (None, group):
+        weights = iou_balanced_cls_weights(iou, loss, eta=1.5, group=groups)
+        sums = (weights.double() * loss.double()).sum(), loss.double().sum()
+        assert float(sums[0] / sums[1]) == pytest.approx(1, rel=1e-3)
+    exact = measure_w_loc(iou.double(), loss.double(), lambda_=1.5)
+    assert float(measure_w_loc(iou, loss, lambda_=1.5)) == pytest.approx(float(exact), rel=1e-3)

@@ -346,3 +346,13 @@ def test_a_batch_of_no_images_has_a_loss_of_0_with_a_gradient(box_loss):
     sum(losses.values()).backward()
     assert all(x == 0 for x in losses.values())
     assert all(x.grad.shape == x.shape for x in (*batch[1], *batch[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_batches_before_one_backward_pass(dtype):
+    """As with micro-batches; ``.float()`` and ``.double()`` cast the average of positives."""
+    module = make_loss().to(dtype)
+    total = 0.0
+    for seed in (0, 1):
+        total += sum(module(*make_batch(seed, dtype=dtype)).values())
+    total.backward()

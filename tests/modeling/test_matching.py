@@ -77,6 +77,20 @@ def test_labels_are_detectron2s_over_many_blocks(num_threads, monkeypatch):
     assert {-1, K} < set(labels[0].tolist())
 
 
+def test_a_matcher_of_ones_own_is_asked_whatever_the_size(monkeypatch):
+    class OnlyOverlapping(Matcher):
+        def set_low_quality_matches_(self, labels, quality):
+            if quality.max() > 0:
+                super().set_low_quality_matches_(labels, quality[quality.max(dim=1).values > 0])
+
+    monkeypatch.setattr(matching, "_FEW_PAIRS", 0)
+    matcher = OnlyOverlapping([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    instances = [make_instances([[0, 0, 32, 32], [900, 900, 932, 932]])]
+    labels = check(make_anchors(128, 128), instances, matcher)
+    assert 0 < (labels[0] == 0).sum() < 100
+    assert not (labels[0] == 1).any()
+
+
 def test_a_large_image_takes_little_memory_at_a_time(monkeypatch):
     pairs = []
 

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
 from iou_balanced_d2.losses import LossOptions
 from iou_balanced_d2.modeling.w_loc import WLocMeasurement
@@ -155,3 +156,13 @@ def test_a_running_w_loc_beyond_float32_is_not_used():
     measurement = WLocMeasurement(LossOptions(loc_weight_rule="running"))
     measurement.update(*torch.tensor([30.0, 2e-43], dtype=torch.float64))
     assert measurement.weights(torch.tensor([0.0, 0.5])).tolist() == [1.0, 1.0]
+
+
+def test_loc_mean_weight_is_logged_of_the_boxes_also_while_w_loc_is_measured_at_the_anchors():
+    module = make_loss(loc_weight_rule="anchors", loc_weight_steps=50, normalizer="batch")
+    plain = make_loss(loc_lambda=0.0, normalizer="batch")
+    with EventStorage(19) as storage:
+        got = module(*make_batch())["loss_box_reg"].item()
+        logged = storage.latest()["iou_balanced/loc_mean_weight"][0]
+    expected = plain(*make_batch())["loss_box_reg"].item()
+    assert logged == pytest.approx(got / expected, rel=1e-5)
