@@ -25,6 +25,8 @@ def test_the_tutorials_detector_learns():
     detector, boxes = names["detector"], names["Boxes"](torch.tensor([[8.0, 8.0, 44.0, 40.0]]))
     assert all(p.grad is not None for p in detector.parameters())
     args = (torch.rand(2, 3, 64, 64), [boxes] * 2, [torch.tensor([1])] * 2)
+    none = [boxes[[]]] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    assert all(torch.isfinite(loss) for loss in detector(args[0], *none).values())
     optimizer = torch.optim.Adam(detector.parameters(), lr=0.02)
     history = []
     for _ in range(60):

@@ -8,8 +8,10 @@ import lazyconfig_train_net
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
 from iou_balanced_d2 import model_zoo
 from iou_balanced_d2.arguments import launch_argument_parser
@@ -125,6 +127,17 @@ def test_it_trains_resumes_and_evaluates(command, tmp_path):
     assert command("--eval-only", weights, "train.output_dir=evaluated") == 0
     results = tmp_path / "evaluated/inference/own/coco_instances_results.json"
     assert isinstance(json.loads(results.read_text()), list)
+
+
+class OwnEvaluator(DatasetEvaluator):
+    def evaluate(self):
+        return {"bbox": {"AP": 7.0}}
+
+
+def test_the_evaluator_is_that_of_the_config():
+    target = f"{__name__}.{OwnEvaluator.__name__}"
+    cfg = OmegaConf.create({"dataloader": {"evaluator": {"_target_": target}}})
+    assert type(lazyconfig_train_net.build_evaluator(cfg, "own", "out")) is OwnEvaluator
 
 
 def test_two_processes_train_on_the_cpu(command, tmp_path):

@@ -41,7 +41,12 @@ from detectron2.engine import (
     default_writers,
     hooks,
 )
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -144,12 +149,24 @@ def check_override(word: str, keys: list[str]) -> None:
     raise UserError(f"unknown key {key!r}{hint}")
 
 
+def build_evaluator(cfg: DictConfig, name: str, output_dir: str) -> DatasetEvaluator:
+    """The config's own ``dataloader.evaluator``; in place of detectron2's COCOEvaluator ours."""
+    node = cfg.dataloader.get("evaluator")
+    target = node._target_ if node is not None else COCOEvaluator
+    kind = locate(target) if isinstance(target, str) else target
+    if kind is not COCOEvaluator:
+        evaluator: DatasetEvaluator = instantiate(node)
+        return evaluator
+    limits = node.get("max_dets_per_image") if node is not None else None
+    return BoxEvaluator(name, output_dir, max_dets_per_image=limits)
+
+
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """AP over IoU thresholds on the data set of ``dataloader.test``."""
     name = cfg.dataloader.test.dataset.names
     output_dir = os.path.join(cfg.train.output_dir, "inference", name)
     loader = instantiate(cfg.dataloader.test)
-    results = inference_on_dataset(model, loader, BoxEvaluator(name, output_dir))
+    results = inference_on_dataset(model, loader, build_evaluator(cfg, name, output_dir))
     if comm.is_main_process():
         print_csv_format(results)
     return dict(results)

@@ -136,6 +136,10 @@ def run(args: argparse.Namespace) -> int:
     """Draw everything; 1 if files could not be read."""
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise UserError(
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r}: detectron2's predictor takes BGR and RGB only"
+        )
     check_build(cfg, args.config_file, args.opts, training=False)
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")

@@ -43,9 +43,10 @@ TOLERANCE = 1e-2
 
 
 def sample_image(cfg: CfgNode, file: str | None) -> Tensor:
-    """An image, (3, H, W) float32, resized as in evaluation."""
+    """An image, (C, H, W) float32, resized as in evaluation."""
     if file is None:
-        image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        shape = 480, 640, len(cfg.MODEL.PIXEL_MEAN)
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     else:
         try:
             image = read_image(file, cfg.INPUT.FORMAT)
@@ -92,7 +93,7 @@ def check(path: str, expected: Detections, image: Tensor) -> str:
 def describe(cfg: CfgNode) -> dict[str, object]:
     """What a user of the file has to know."""
     return {
-        "input": "image: (3, H, W) float32, values 0 to 255, one image",
+        "input": f"image: ({len(cfg.MODEL.PIXEL_MEAN)}, H, W) float32, values 0 to 255, one image",
         "channels": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,

@@ -79,6 +79,11 @@ def check_datasets(
                 is_empty[name] = not has_object(content, cfg.DATASETS.VOC_DIFFICULT)
             else:
                 classes = _check_records(name)
+                if not classes and name in cfg.DATASETS.TEST:
+                    raise UserError(
+                        "the evaluation needs its classes: set MetadataCatalog.get("
+                        f"{name!r}).thing_classes to their names"
+                    )
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
@@ -146,8 +151,9 @@ def _check_known(name: str) -> list[str]:
 
 def _check_records(name: str) -> list[str]:
     """Check what a function that was registered in Python returns; return the classes."""
+    records = DatasetCatalog.get(name)  # may set the metadata, as load_coco_json does
     classes = list(MetadataCatalog.get(name).get("thing_classes", []))
-    for i, record in enumerate(DatasetCatalog.get(name)):
+    for i, record in enumerate(records):
         for key in ("file_name", "image_id", "height", "width"):
             if key not in record:
                 raise UserError(f"record {i} has no {key!r}")

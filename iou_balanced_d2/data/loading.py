@@ -64,9 +64,14 @@ def drop_bad_boxes(dicts: list[dict[str, Any]], name: str) -> list[dict[str, Any
 
     Returns:
         dicts of the same images.
+
+    Raises:
+        UserError: if a record has no size.
     """
     kept, dropped = [], 0
-    for d in dicts:
+    for i, d in enumerate(dicts):
+        if missing := {"width", "height"} - d.keys():
+            raise UserError(f"data set {name!r}: record {i} has no {max(missing)!r}")
         given = d.get("annotations", [])
         annotations = [a for a in given if is_good_box(a, d["width"], d["height"])]
         dropped += len(given) - len(annotations)
@@ -165,6 +170,7 @@ class CheckedMapper:
         except Exception as error:  # PIL raises SyntaxError and others on broken files
             name = dataset_dict.get("dataset_name", self.name)
             reason = " ".join(str(error).split()) or type(error).__name__
+            image = dataset_dict.get("file_name", dataset_dict.get("image_id"))
             raise UserError(
-                f"data set {name!r}: image {dataset_dict['file_name']!r} can't be used: {reason}"
+                f"data set {name!r}: image {image!r} can't be used: {reason}"
             ) from error

@@ -321,6 +321,9 @@ class LossState:
         return {"losses": [loss.training_state() for loss in self.losses]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a :meth:`state_dict`; a plain detector's is empty."""
-        for loss, loss_state in zip(self.losses, state["losses"], strict=bool(state["losses"])):
+        """Load a :meth:`state_dict`; a plain detector has none, and needs none."""
+        saved = state["losses"]
+        if not (self.losses and saved):
+            return
+        for loss, loss_state in zip(self.losses, saved, strict=True):
             loss.load_training_state(loss_state)

@@ -1,6 +1,7 @@
 """What another trainer than ours needs for these losses and keys."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,5 +61,14 @@ class TrainerMixin:
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """detectron2's optimizer, and CLIP_TYPE "full_model"."""
-        return build_optimizer(cfg, model)
+        """The optimizer of the trainer that is extended, and CLIP_TYPE "full_model"."""
+        return build_optimizer(cfg, model, super().build_optimizer)  # type: ignore[misc]
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """The loader of the trainer that is extended; without a training nothing is registered."""
+        register_datasets_of(cfg)
+        loader: Iterable[list[dict[str, Any]]] = super().build_test_loader(  # type: ignore[misc]
+            cfg, dataset_name
+        )
+        return loader

@@ -1,5 +1,6 @@
 """The optimizer with the paper's clipping of gradients, and the average of the weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,19 +9,23 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from torch import Tensor, nn
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """detectron2's optimizer, with CLIP_TYPE "full_model" besides its own.
+def build_optimizer(
+    cfg: CfgNode,
+    model: nn.Module,
+    build: Callable[[CfgNode, nn.Module], torch.optim.Optimizer] = build_detectron2_optimizer,
+) -> torch.optim.Optimizer:
+    """detectron2's optimizer or that of ``build``, with CLIP_TYPE "full_model" besides its own.
 
     "full_model" clips the norm of all gradients together, as in the paper; detectron2's "norm"
     clips each parameter's. The optimizer clips before its steps.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-        return build_detectron2_optimizer(cfg, model)
+        return build(cfg, model)
     unclipped = cfg.clone()
     unclipped.defrost()
     unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    optimizer: torch.optim.Optimizer = build_detectron2_optimizer(unclipped, model)
+    optimizer = build(unclipped, model)
 
     def clip_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]

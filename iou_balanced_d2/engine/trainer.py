@@ -24,7 +24,7 @@ from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
 from ..analysis.curves import write_curves
-from ..data import prepare_dataset
+from ..data import prepare_dataset, register_datasets_of
 from ..data.loading import CheckedMapper, build_mapper, load_training_dicts
 from ..data.resumable_loader import Mapper, ResumableLoader, SeedState, as_loader, seed_step
 from ..errors import UserError
@@ -64,6 +64,7 @@ class Trainer(DefaultTrainer):
             setup_logger()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        register_datasets_of(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.loader = as_loader(self.build_train_loader(cfg), cfg.SEED)
@@ -169,6 +170,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             remove_unfinished(self.cfg.OUTPUT_DIR)
         self.storage._history.default_factory = partial(HistoryBuffer, max_length=_KEPT_VALUES)
+        if self.average is not None:  # without resume_or_load
+            self.average.start()
         super().before_train()
 
     def before_step(self) -> None:
@@ -280,6 +283,7 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: if another process has other data.
         """
+        register_datasets_of(cfg)
         mapper = CheckedMapper(mapper or build_mapper(cfg, is_train=True))
         dicts = load_training_dicts(cfg)
         check_same_data(dicts)
@@ -289,6 +293,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
         """detectron2's loader; its errors name the image."""
+        register_datasets_of(cfg)
         mapper = CheckedMapper(build_mapper(cfg, is_train=False), dataset_name)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 

@@ -212,9 +212,22 @@ def test_records_registered_in_python_are_checked_before_training(own_data, tmp_
     }  # fmt: skip
     cfg, _ = config_of(own_data)
     cfg.DATASETS.COCO_JSON = ()
-    MetadataCatalog.get("own").thing_classes = ["a", "b"]
-    DatasetCatalog.register("own", lambda: [record])
+    names = []
+
+    def load():  # as detectron2's load_coco_json, it sets the names itself
+        if names:
+            MetadataCatalog.get("own").thing_classes = names
+        return [record]
+
+    DatasetCatalog.register("own", load)
+    with pytest.raises(UserError, match="evaluation needs its classes"):
+        check_datasets(cfg, training=True)
+    names += ["a", "b"]
     check_datasets(cfg, training=True)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 7
+    with pytest.raises(UserError, match="NUM_CLASSES is 7, but data set 'own' has 2 classes"):
+        check_datasets(cfg, training=True)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
     record["annotations"][0]["category_id"] = 2
     with pytest.raises(UserError, match=r"'own': record 0: annotations\[0\]: category_id must be"):
         check_datasets(cfg, training=True)
@@ -307,6 +320,13 @@ def test_nothing_to_train_on_is_an_error(own_data, content):
     register_datasets_of(cfg)
     with pytest.raises(UserError, match="no image has a usable box"):
         load_training_dicts(cfg)
+
+
+def test_records_without_a_size_and_images_without_a_file_are_named():
+    with pytest.raises(UserError, match="data set 'py': record 0 has no 'width'"):
+        drop_bad_boxes([{"image_id": 1}], "py")
+    with pytest.raises(UserError, match="data set 'py': image 17 can't be used: division by zero"):
+        CheckedMapper(lambda record: 1 / 0, "py")({"image_id": 17})
 
 
 def test_dicts_of_the_caller_are_not_changed():

@@ -14,7 +14,7 @@ from torch import nn
 
 from iou_balanced_d2 import add_iou_balanced_config
 from iou_balanced_d2.config.description import config_help
-from iou_balanced_d2.engine import TrainerMixin, load_config
+from iou_balanced_d2.engine import Trainer, TrainerMixin, load_config
 from iou_balanced_d2.engine.config import flatten
 from iou_balanced_d2.engine.mixin import TRAINER_KEYS
 from iou_balanced_d2.modeling import IoUBalancedLoss
@@ -60,6 +60,39 @@ def test_w_loc_is_saved_and_resumed_by_the_mixin(cfg, tmp_path, caplog):
     again = Mine(cfg)
     again.resume_or_load(resume=True)
     assert state_of(again).w_loc_measurement.w_loc == w_loc
+
+
+@pytest.mark.parametrize("clip_type", ["value", "full_model"])
+def test_the_optimizer_is_that_of_the_trainer_that_is_extended(cfg, clip_type):
+    class WithAdam(DefaultTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return torch.optim.AdamW(model.parameters(), 1e-4)
+
+    class Both(TrainerMixin, WithAdam):
+        pass
+
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip_type
+    optimizer = Both.build_optimizer(cfg, nn.Linear(2, 2))
+    assert type(optimizer) is torch.optim.AdamW
+    assert len(optimizer._optimizer_step_pre_hooks) == (clip_type == "full_model")
+
+
+def test_data_sets_of_the_config_are_there_without_a_training(cfg):
+    for trainer in (Mine, Trainer):
+        forget_own_data()
+        assert len(trainer.build_test_loader(cfg, "own").dataset) == 4
+    forget_own_data()
+    assert next(iter(Trainer.build_train_loader(cfg)))
+    forget_own_data()
+    Trainer(cfg)
+
+
+def test_an_average_needs_no_call_of_resume_or_load(cfg, tmp_path):
+    cfg.MODEL.EMA.ENABLED, cfg.SOLVER.MAX_ITER = True, 2
+    Trainer(cfg).train()
+    assert (tmp_path / "out/model_ema.pth").exists()
 
 
 def test_keys_that_are_not_read_are_named(cfg, caplog):

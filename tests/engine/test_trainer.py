@@ -1,5 +1,6 @@
 """The trainer's own parts: gradient clipping of the whole model, and the losses' saved state."""
 
+import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -43,6 +44,10 @@ def test_a_plain_detectors_checkpoint_leaves_the_state_fresh():
     model = toy_model()
     LossState(model).load_state_dict({"losses": []})
     assert model.iou_balanced_loss.num_pos_ema == 100
+    state = LossState(model).state_dict()
+    LossState(nn.Linear(1, 1)).load_state_dict(state)  # the other way round
+    with pytest.raises(ValueError, match="longer"):
+        LossState(model).load_state_dict({"losses": state["losses"] * 2})
 
 
 def test_a_model_may_return_one_loss():

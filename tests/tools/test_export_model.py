@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from iou_balanced_d2.commands import export_model, run_command
+from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.model_zoo import get_config_file
 from iou_balanced_d2.modeling.export import (
@@ -88,6 +89,14 @@ def test_a_file_detects_as_the_detector_in_images_of_any_size(name, command, tmp
     described = json.loads((tmp_path / "out/model.json").read_text())
     assert described["channels"] == "BGR"
     assert described["class_names"] == [], "the config's data set has 80, the model 3"
+
+
+def test_grey_images_have_one_channel(command, tmp_path):
+    grey = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[100.0]", "MODEL.PIXEL_STD", "[1.0]"]
+    cfg = load_config(get_config_file(CONFIG), [*TOY, *grey, "MODEL.DEVICE", "cpu"])
+    torch.save({"model": build_model(cfg).state_dict()}, "grey.pth")
+    assert command(weights="grey.pth", opts=grey) == 0
+    assert "(1, H, W)" in json.loads((tmp_path / "out/model.json").read_text())["input"]
 
 
 def test_the_classes_of_ones_own_data_are_named(command, own_data, tmp_path, capsys):
