@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 METRICS = ("AP", "AP50", "AP75", "AP85", "AP90")
 # The gain in AP whose number of seeds is told: the least that the paper reports.
 _GAIN = 1.0
+_MANY = 10  # seeds; more are rarely run
 Metrics = Mapping[str, float | None]
 
 
@@ -98,7 +99,8 @@ def seeds_sentence(effects: Sequence[Effect]) -> str:
         return "How many seeds a gain takes can't be told from one run of each variant."
     seeds = seeds_needed(_GAIN, effects)
     if seeds:
-        return f"+{_GAIN} AP on {where} takes {seeds} seeds of each variant."
+        hint = " Longer trainings often differ less from seed to seed." if seeds > _MANY else ""
+        return f"+{_GAIN} AP on {where} takes {seeds} seeds of each variant.{hint}"
     return f"More seeds alone don't make +{_GAIN} AP detectable on {where}."
 
 
