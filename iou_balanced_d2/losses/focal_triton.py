@@ -108,7 +108,7 @@ def background_sum(
     num_blocks = triton.cdiv(size, _BLOCK)
     partial_sums = torch.zeros(max(num_blocks, 1), dtype=torch.float32, device=logits.device)
     if num_blocks:
-        with torch.cuda.device(logits.device):  # Triton launches on the current one
+        with torch.cuda.device_of(logits):  # Triton launches on the current one
             _forward_kernel[(num_blocks,)](
                 logits, row_class, partial_sums, size, factor, gamma,
                 K=logits.shape[1], BLOCK=_BLOCK,
@@ -131,7 +131,7 @@ def background_grad(
     grad = torch.empty_like(logits)
     size = logits.numel()
     if size:
-        with torch.cuda.device(logits.device):
+        with torch.cuda.device_of(logits):
             _backward_kernel[(triton.cdiv(size, _BLOCK),)](
                 logits, row_class, grad_output.float(), grad, size, factor, gamma,
                 K=logits.shape[1], BLOCK=_BLOCK,

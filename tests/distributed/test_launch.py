@@ -267,6 +267,18 @@ def test_torchrun_restarts_and_goes_on_from_the_last_checkpoint(tmp_path, own_co
     wait_for(lambda: max(p.name for p in out.glob("model_0*.pth")) > resumed, agents[0])
 
 
+def test_a_restart_by_torchrun_is_known_without_a_group(monkeypatch):
+    place = Placement(1, 1, 0, started=True)
+    for count, restarted in (("0", False), ("2", True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        args = launch_argument_parser().parse_args([])
+        found = []
+        main = lambda args, found=found: found.append(args.restarted)  # noqa: E731
+        assert engine_launch.launch(main, args, place, device="cpu", facts={}) == 0
+        assert found == [restarted]
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_one_process_alone(tmp_path, own_config, start):
     out = tmp_path / "out"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]

@@ -112,6 +112,9 @@ def test_processes_need_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "--num-gpus 2" in refusal(check_launch, cfg, num_gpus=2, num_machines=1)
     cfg.MODEL.DEVICE = "cuda:1"
+    message = refusal(check_launch, cfg, num_gpus=1, num_machines=1)
+    assert message == "MODEL.DEVICE 'cuda:1', but this machine has 1 GPU(s) to use"
+    cfg.MODEL.DEVICE = "cuda:0"
     check_launch(cfg, num_gpus=1, num_machines=1)
     assert "one GPU" in refusal(check_launch, cfg, num_gpus=1, num_machines=2)
 
