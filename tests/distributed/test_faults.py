@@ -233,6 +233,7 @@ def test_an_evaluation_of_two_processes_is_broken_off_at_once(own_config):
     assert state(folder / "model_0000001.pth")["iteration"] == 1
 
 
+@pytest.mark.slow  # 30 s of waiting
 def test_a_stopped_process_ends_the_run_after_the_time_out(own_config):
     """It could not be ended by a signal, and the launching process waited for it."""
     words = ("--dist-timeout", 5, "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 3)

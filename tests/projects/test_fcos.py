@@ -299,6 +299,7 @@ def test_projects_are_found_and_give_their_keys():
     assert "FCOS" in config().MODEL
 
 
+@pytest.mark.slow  # 40 s; RetinaNet and SSD are in every run
 def test_eight_images_are_learnt_by_heart(tmp_path):
     folder = ensure_demo_datasets(str(tmp_path), DemoSpec(num_train=8, num_val=1))
     data_set = ("eight", str(folder / "annotations/train.json"), str(folder / "train"))
