@@ -14,7 +14,6 @@ python tools/compare_runs.py --by-dataset docs/evidence/*.json --output report
 
 import argparse
 import glob
-import math
 import os
 import re
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..analysis.comparison import (
     compare_sides,
     write_comparison,
 )
+from ..analysis.comparison.statistics import format_number
 from ..analysis.page import clean
 from ..errors import UserError
 
@@ -80,10 +80,10 @@ def print_summary(comparison: Comparison) -> None:
     rows = []
     for side in comparison.sides:
         rows.append(
-            [side.name, len(side.values), *(_number(x, ".2f") for x in side.mean()[columns])]
+            [side.name, len(side.values), *(format_number(x) for x in side.mean()[columns])]
         )
     for name, found in comparison.differences.items():
-        values = [_number(found[c].value, "+.2f") for c in columns]
+        values = [format_number(found[c].value, "+.2f") for c in columns]
         rows.append([f"{name}: difference", "", *values])
     headers = ["", "runs", *names]
     align = ["left", *["right"] * (len(headers) - 1)]
@@ -92,10 +92,6 @@ def print_summary(comparison: Comparison) -> None:
     print("\n".join(comparison.verdicts()))
     if max(len(side.values) for side in comparison.sides) == 1:
         print("One run a side: this is about these two models. Another seed gives another AP.")
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value, form)
 
 
 def compare_by_dataset(args: argparse.Namespace) -> None:

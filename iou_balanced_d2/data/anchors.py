@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 
 from ..modeling import IoUBalancedRetinaNet
+from .inspection import trained_on
 
 _MOST_ASKED = 20_000  # boxes; a share of so many is right within one percent
 _W_LOC_IMAGES = 50  # as many give w_loc to some percent
@@ -73,10 +74,9 @@ def anchor_recall(
     Returns:
         share in [0, 1] of the :func:`scaled_boxes` of each class that has any, by its name.
     """
-    boxes, size = scaled_boxes(cfg, content, image_scale)
+    boxes, size, classes = scaled_boxes(cfg, content, image_scale)
     best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
     is_met = best >= cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-    classes = np.array([a["category_id"] for a in _usable(cfg, content)])
     of_class = {c["name"]: is_met[classes == c["id"]] for c in content["categories"]}
     return {name: float(met.mean()) for name, met in of_class.items() if len(met)}
 
@@ -126,40 +126,24 @@ def best_anchor_iou(
 
 def scaled_boxes(
     cfg: CfgNode, content: dict[str, Any], image_scale: float
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The objects as resized for training: what is inside of its image and trained on.
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The objects that are trained on, as resized for training.
 
     Returns:
-        boxes (G, 4), XYXY in pixels; width and height (G, 2) of their images.
+        boxes (G, 4), XYXY in pixels; width and height (G, 2) of their images; category ids (G,).
     """
     resized = {
         image["id"]: (image, _resized(cfg, image, image_scale)) for image in content["images"]
     }
-    boxes, size, original = [], [], []
-    for a in _usable(cfg, content):
-        image, new_size = resized[a["image_id"]]
-        boxes.append(a["bbox"])
-        size.append(new_size)
-        original.append((image["width"], image["height"]))
-    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    new, old = np.array(size).reshape(-1, 2), np.array(original).reshape(-1, 2)
+    objects = trained_on(content, cfg.DATASETS.VOC_DIFFICULT)
+    images = [resized[a["image_id"]] for a in objects]
+    xywh = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
+    old = np.array([(image["width"], image["height"]) for image, _ in images]).reshape(-1, 2)
+    new = np.array([size for _, size in images]).reshape(-1, 2)
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     # detectron2's mapper clips them.
-    return xyxy.clip(0, np.tile(old, 2)) * np.tile(new / old, 2), new
-
-
-def _usable(cfg: CfgNode, content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The annotations that a training sees, as :func:`load_training_dicts` chooses them."""
-    counted = (0, 1) if cfg.DATASETS.VOC_DIFFICULT == "count" else (0,)
-    rows = [
-        a for a in content["annotations"] if not a["iscrowd"] and a.get("difficult", 0) in counted
-    ]
-    sides = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    box = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)
-    size = np.array([sides[a["image_id"]] for a in rows]).reshape(-1, 2)
-    inside = np.minimum(box[:, :2] + box[:, 2:], size) > box[:, :2].clip(min=0)
-    good = np.isfinite(box).all(axis=1) & inside.all(axis=1)
-    return [a for a, is_good in zip(rows, good, strict=True) if is_good]
+    boxes = xyxy.clip(0, np.tile(old, 2)) * np.tile(new / old, 2)
+    return boxes, new, np.array([a["category_id"] for a in objects])
 
 
 def _shortest(cfg: CfgNode) -> float:
@@ -202,7 +186,7 @@ def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
     total = np.zeros(2)
     for image in images[:: max(1, len(images) // _W_LOC_IMAGES)]:
         own = {"images": [image], "annotations": objects[image["id"]]}
-        boxes, size = scaled_boxes(cfg, own, 1.0)
+        boxes, size, _ = scaled_boxes(cfg, own, 1.0)
         if not len(boxes):
             continue
         divisor = max(model.backbone.size_divisibility, 1)

@@ -12,14 +12,12 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from ..modeling import interface_of
 from .images import fault_of, is_turned, shown_size
-from .loading import is_good_box
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
@@ -131,25 +129,28 @@ def inspect(cfg: CfgNode, content: dict[str, Any], image_root: str, *, read_imag
 
 
 def has_object(content: dict[str, Any], policy: str) -> bool:
-    """Whether there is an object to train on: no crowd, with an area inside of its image.
+    """Whether there is an object to train on, see :func:`trained_on`."""
+    return bool(trained_on(content, policy))
+
+
+def trained_on(content: dict[str, Any], policy: str) -> list[dict[str, Any]]:
+    """The annotations that a training keeps: no crowds, with an area inside of their image.
 
     Args:
         content: clean, see :func:`read_coco_json`.
         policy: DATASETS.VOC_DIFFICULT; only by "count" difficult objects are trained on.
-
-    Returns:
-        whether there is one.
     """
-    images = {image["id"]: image for image in content["images"]}
-    counted = (
-        {**a, "bbox_mode": BoxMode.XYWH_ABS}
+    rows = [
+        a
         for a in content["annotations"]
         if not a["iscrowd"] and (policy == "count" or not a.get("difficult"))
-    )
-    return any(
-        is_good_box(a, *(images[a["image_id"]][side] for side in ("width", "height")))
-        for a in counted
-    )
+    ]
+    sides = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    box = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)
+    size = np.array([sides[a["image_id"]] for a in rows]).reshape(-1, 2)
+    inside = np.minimum(box[:, :2] + box[:, 2:], size) > box[:, :2].clip(min=0)
+    good = np.isfinite(box).all(axis=1) & inside.all(axis=1)
+    return [a for a, is_good in zip(rows, good, strict=True) if is_good]
 
 
 def strips(cfg: CfgNode, content: dict[str, Any]) -> list[str]:

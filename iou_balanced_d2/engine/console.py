@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..data.checks import detector_node
+from ..modeling import IoUBalancedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def describe_run(cfg: CfgNode, model: nn.Module) -> None:
         f"{'/'.join(map(str, cfg.INPUT.MIN_SIZE_TRAIN))}, longer up to {cfg.INPUT.MAX_SIZE_TRAIN}; "
         f"weights: {cfg.MODEL.WEIGHTS or 'none, from scratch'}"
     )
-    logger.info(f"Losses: {_losses(cfg)}")
+    logger.info(f"Losses: {_losses(cfg, model)}")
     folder = cfg.OUTPUT_DIR
     logger.info(
         f"Output: {folder}: log.txt (all that is logged), metrics.json (scalars), config.yaml, "
@@ -125,20 +125,19 @@ def describe_run(cfg: CfgNode, model: nn.Module) -> None:
     logger.info(f"Curves: tensorboard --logdir {folder}")
 
 
-def _losses(cfg: CfgNode) -> str:
-    if not cfg.MODEL.META_ARCHITECTURE.startswith("IoUBalanced"):
+def _losses(cfg: CfgNode, model: nn.Module) -> str:
+    loss = next((m for m in model.modules() if isinstance(m, IoUBalancedLoss)), None)
+    if loss is None:
         return f"{cfg.MODEL.META_ARCHITECTURE}'s own"
-    options, node = cfg.MODEL.IOU_BALANCED, cfg.MODEL[detector_node(cfg) or "RETINANET"]
-    is_balanced = options.CLS_LOSS == "iou_balanced"
-    cls = f"positives x IoU^{options.CLS_ETA:g}" if is_balanced else options.CLS_LOSS
-    fixed = "giou" if "FCOS" in cfg.MODEL.META_ARCHITECTURE else "smooth_l1"
-    box = node.get("BBOX_REG_LOSS_TYPE", fixed)
-    if not options.LOC_LAMBDA:
+    options, box = loss.options, loss.box_reg_loss_type
+    is_balanced = options.cls_loss == "iou_balanced"
+    cls = f"positives x IoU^{options.cls_eta:g}" if is_balanced else options.cls_loss
+    if not options.loc_lambda:
         return f"classification {cls}; box {box}"
-    w_loc = f"{options.LOC_WEIGHT:g}" if options.LOC_WEIGHT else (
-        f"by the rule {options.LOC_WEIGHT_RULE!r}, see iou_balanced/w_loc"
+    w_loc = f"{options.loc_weight:g}" if options.loc_weight else (
+        f"by the rule {options.loc_weight_rule!r}, see iou_balanced/w_loc"
     )  # fmt: skip
-    return f"classification {cls}; box {box} x w_loc x IoU^{options.LOC_LAMBDA:g}, w_loc {w_loc}"
+    return f"classification {cls}; box {box} x w_loc x IoU^{options.loc_lambda:g}, w_loc {w_loc}"
 
 
 class FirstIterations(HookBase):

@@ -1,11 +1,10 @@
 """Hooks for the best checkpoint and the losses on the test sets; logs on a full disk."""
 
 import contextlib
-import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[Inputs]:
 def validation_losses(
     model: nn.Module, loader: Iterable[Inputs], batch_size: int
 ) -> dict[str, Any]:
-    """Mean losses of a copy of a model, with normalisation and dropout as in inference.
+    """Mean losses of a model over a data set; the model's state does not change.
 
     Args:
         model: the detector, wrapped in DDP or not.
@@ -123,14 +122,11 @@ def validation_losses(
         {"validation": {loss's name: mean over all processes' images, ..., "total_loss": sum}} on
         the main process, {} on others and without any image.
     """
-    model = copy.deepcopy(getattr(model, "module", model)).train()
-    for module in model.modules():
-        if isinstance(module, _NOISY_LAYERS):
-            module.eval()
+    model = getattr(model, "module", model)
     sums: dict[str, float] = {}
     num_images = 0
     # A storage of its own, as what the detector logs here is not of the training.
-    with torch.no_grad(), EventStorage():
+    with torch.no_grad(), losses_without_trace(model), EventStorage():
         for inputs in loader:
             full = [inputs[i % len(inputs)] for i in range(max(batch_size, len(inputs)))]
             for name, loss in model(full).items():
@@ -143,6 +139,31 @@ def validation_losses(
     names = {name: None for part, _ in gathered for name in part}
     means = {name: sum(p.get(name, 0.0) for p, _ in gathered) / total for name in names}
     return {"validation": {**means, "total_loss": sum(means.values())}}
+
+
+@contextlib.contextmanager
+def losses_without_trace(model: nn.Module) -> Iterator[None]:
+    """A detector returns losses here, with normalisation and dropout as in inference.
+
+    Afterwards each module's mode and plain numbers are restored; detectron2's dense detectors keep
+    the losses' normaliser as such a number.
+    """
+    numbers = [(module, _numbers(module)) for module in model.modules()]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NOISY_LAYERS):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, before in numbers:
+            for name in _numbers(module).keys() - before.keys():
+                delattr(module, name)
+            vars(module).update(before)
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    return {name: x for name, x in vars(module).items() if isinstance(x, int | float)}
 
 
 def _validation_hook(cfg: CfgNode, model: nn.Module) -> hooks.EvalHook:

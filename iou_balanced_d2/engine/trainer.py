@@ -101,8 +101,6 @@ class Trainer(DefaultTrainer):
                     f"the checkpoint is of iteration {self.iter}, the last of SOLVER.MAX_ITER "
                     f"{self.max_iter}: nothing is left to train, only to evaluate"
                 )
-        if self.average is not None:
-            self.average.start()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume; the config's learning rate and schedule go on at the checkpoint's iteration."""
@@ -170,7 +168,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             remove_unfinished(self.cfg.OUTPUT_DIR)
         self.storage._history.default_factory = partial(HistoryBuffer, max_length=_KEPT_VALUES)
-        if self.average is not None:  # without resume_or_load
+        if self.average is not None:
             self.average.start()
         super().before_train()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..threads import CPU_BLOCK, run_in_threads
-from .weights import iou_balanced_cls_weights
+from .weights import at_least_float32, iou_balanced_cls_weights
 
 # Elements of one block on a GPU without Triton: it bounds the memory of temporaries.
 _GPU_BLOCK = 1 << 24
@@ -99,14 +99,9 @@ def _mirrored_focal_terms(logits: Tensor, iou: Tensor, *, factor: float, gamma: 
     return OwnTerms(loss, -grad)
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    """Arithmetic is in float32, also for half-precision logits; float64 stays as it is."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _background_rows(logits: Tensor, factor: float, gamma: float, grad: Tensor | None) -> Tensor:
     """Sums (M,) of the background terms of each row; their derivative goes to ``grad``."""
-    dtype = _compute_dtype(logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     sums = logits.new_empty(len(logits), dtype=dtype)
     size = CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK
     rows = min(max(size // max(logits.shape[1], 1), 1), max(len(logits), 1))
@@ -250,7 +245,7 @@ class DenseLoss(NamedTuple):
         """
         pairs = zip(logits, targets, strict=True)
         x = torch.cat([level[target.rows, target.classes] for level, target in pairs])
-        x = x.to(_compute_dtype(x))
+        x = at_least_float32(x)
         return self.terms_of(x, iou.to(x.dtype))
 
     def sum(

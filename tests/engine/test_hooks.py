@@ -14,6 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
+from torch import nn
 
 from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.console import FirstIterations
@@ -21,6 +22,7 @@ from iou_balanced_d2.engine.hooks import (
     BestCheckpointer,
     FaultTolerantWriter,
     build_validation_loader,
+    losses_without_trace,
     validation_losses,
 )
 from iou_balanced_d2.engine.trainer import Trainer
@@ -223,6 +225,14 @@ def test_no_trace_in_the_model(architecture):
         {k: v for k, v in vars(m).items() if isinstance(v, float)} for m in model.modules()
     ]
     torch.testing.assert_close(LossState(model).state_dict(), losses, rtol=0, atol=0)
+
+
+def test_number_kept_for_the_first_time_is_forgotten():
+    """Stock RetinaNet's normaliser starts as an attribute it does not yet have."""
+    module = nn.Module()
+    with losses_without_trace(module):
+        module.normalizer = 3.0
+    assert not hasattr(module, "normalizer")
 
 
 def free_port():

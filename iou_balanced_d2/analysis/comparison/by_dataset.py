@@ -314,6 +314,7 @@ def compare_runs_by_dataset(
     known: dict[str, list[list[bytes]]] = {}  # names -> annotations of the sets called so
     for name, paths in sides.items():
         for run in map(load_run, paths):
+            # Now: converting another set of this name may replace the file.
             contents = [content_of(annotations) for annotations in run.ground_truth.values()]
             alike = known.setdefault(" + ".join(run.ground_truth), [])
             if contents not in alike:

@@ -13,7 +13,7 @@ from ..page import Page, plain
 from ..plots import save_figure
 from .compare import Comparison, SideResult
 from .figures import ap_over_iou
-from .statistics import Difference, format_p
+from .statistics import Difference, format_number, format_p
 
 _DIFFERENCE_HEADERS = ("metric", "difference", "95 % interval", "p", "std. error", "detectable")
 
@@ -110,7 +110,7 @@ def _add_values(page: Page, comparison: Comparison, metrics: range) -> None:
 
 def _value(side: SideResult, metric: int) -> str:
     mean, deviation = side.mean()[metric], side.deviation()[metric]
-    return _number(mean) + ("" if math.isnan(deviation) else f" ± {deviation:.2f}")
+    return format_number(mean) + ("" if math.isnan(deviation) else f" ± {deviation:.2f}")
 
 
 def _add_differences(
@@ -120,16 +120,16 @@ def _add_differences(
     for m in metrics:
         d = found[m]
         interval = "–" if math.isnan(d.low) else f"[{d.low:.2f}, {d.high:.2f}]"
-        value = "–" if math.isnan(d.value) else f"{d.value:+.2f}"
+        value = format_number(d.value, "+.2f")
         name = names[m] + (" (primary)" if m == 0 else "")
-        numbers = [_number(d.standard_error), _number(d.detectable)]
+        numbers = [format_number(d.standard_error), format_number(d.detectable)]
         rows.append([name, value, interval, format_p(d.p), *numbers])
     page.table(_DIFFERENCE_HEADERS, rows)
 
 
 def _add_runs(page: Page, comparison: Comparison) -> None:
     rows = [
-        [side.name, path, _number(values[0])]
+        [side.name, path, format_number(values[0])]
         for side in comparison.sides
         for path, values in zip(side.runs, side.values, strict=True)
     ]
@@ -152,10 +152,6 @@ def _alignment_reports(comparison: Comparison, folder: Path) -> list[tuple[str, 
         for page in pages
         if page.is_file()
     ]
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

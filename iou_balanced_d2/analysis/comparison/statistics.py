@@ -210,6 +210,11 @@ def verdict(name: str, first: str, difference: Difference) -> str:
     )
 
 
+def format_number(value: float, form: str = ".2f") -> str:
+    """A number as text; a dash where it is undefined."""
+    return "–" if math.isnan(value) else format(value, form)
+
+
 def format_p(p: float) -> str:
     """A p-value as text: ".004", "< .001", "1"."""
     if math.isnan(p):
