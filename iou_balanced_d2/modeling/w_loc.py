@@ -1,6 +1,7 @@
 """w_loc of eq. 4: set by the user, or measured over the first steps of the training."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +125,19 @@ class WLocMeasurement(nn.Module):
         """The box loss divided by the plain one, on the positives of these sums."""
         return torch.where(self.w_loc > 0, self.w_loc * loc_balanced_sum / loc_sum, 1.0)
 
-    def training_state(self) -> dict[str, Tensor]:
-        """The buffers, for a checkpoint."""
-        return {name: buffer.clone() for name, buffer in self.named_buffers()}
+    def training_state(self) -> dict[str, Any]:
+        """The buffers and the power that they are of, for a checkpoint."""
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return {**buffers, "loc_lambda": self.options.loc_lambda}
 
     @torch.no_grad()
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Restore the state of a checkpoint; a value set by the user stays as set."""
-        if self._fixed:
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint.
+
+        A value set by the user stays as set; one measured with another power is measured anew.
+        """
+        other_power = state.get("loc_lambda", self.options.loc_lambda) != self.options.loc_lambda
+        if self._fixed or other_power:
             return
         for name, buffer in self.named_buffers():
             buffer.copy_(state[name])

@@ -121,6 +121,16 @@ def test_a_resumed_training_may_go_over_to_running():
     assert running.w_loc_measurement.w_loc.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_a_resumed_training_with_another_power_measures_anew(before):
+    module, resumed = (make_loss(loc_lambda=x, loc_weight_steps=1) for x in (before, 1.5))
+    module(*make_batch(0))
+    resumed.load_training_state(module.training_state())
+    resumed(*make_batch(1))
+    (expected,) = w_loc_over_steps("first", [1])
+    assert resumed.w_loc_measurement.w_loc.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("spread", "warned"), [(0.3, False), (1.2, True)])
 def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
     module = make_loss()
