@@ -145,17 +145,18 @@ def _dense_sum(
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType | None:
+def _triton_kernels(device: torch.device) -> ModuleType | None:
     """The fused kernels of :mod:`.focal_triton`, or None where they do not run.
 
-    They are tried once on the GPU in use: if Triton lacks a compiler or does not know the GPU,
+    They are tried once on each GPU in use: if Triton lacks a compiler or does not know the GPU,
     training goes on in torch.
     """
     try:
         from . import focal_triton
 
-        row = torch.zeros(1, dtype=torch.int64, device="cuda")
-        focal_triton.background_sum(row[:, None].float(), row, row, row[:0], 0.75, 2.0)
+        row = torch.zeros(1, dtype=torch.int64, device=device)
+        inputs = (row[:, None].float(), row, row, row[:0], 0.75, 2.0)
+        focal_triton.background_grad(*inputs, focal_triton.background_sum(*inputs))
     except Exception as error:  # compilers and drivers raise many kinds
         logger.warning(f"Focal loss without Triton, in plain torch: {error!r}")
         return None
@@ -164,7 +165,7 @@ def _triton_kernels() -> ModuleType | None:
 
 def _kernels_for(logits: Tensor) -> ModuleType | None:
     if logits.is_cuda and logits.dtype != torch.float64:
-        return _triton_kernels()
+        return _triton_kernels(logits.device)
     return None
 
 
@@ -190,9 +191,8 @@ class _DenseSum(torch.autograd.Function):
         if kernels := _kernels_for(logits):
             background = kernels.background_sum(logits, *targets, factor, gamma)
             return (background + own.loss.double().sum()).float()
-        total, ctx.grad = _dense_sum(
-            logits, targets, own, factor, gamma, grad=ctx.needs_input_grad[0]
-        )
+        grad = ctx.needs_input_grad[0] and logits.device.type == "cpu"
+        total, ctx.grad = _dense_sum(logits, targets, own, factor, gamma, grad=grad)
         return total
 
     @staticmethod

@@ -14,9 +14,10 @@ from ..threads import CPU_BLOCK
 
 # Anchors of a block: neighbours on one level, which overlap few boxes. A GPU needs larger blocks.
 _CPU_ANCHORS, _GPU_ANCHORS = 1 << 10, 1 << 16
-# Pairs of an anchor and a box at a time, which bounds the memory.
+# Pairs of an anchor and a box at a time, which bounds the memory of a GPU.
 _GPU_PAIRS = 1 << 24
-# Up to so many pairs in an image the whole IoU (G, R) is computed faster than block by block.
+# Up to so many pairs in an image the whole IoU (G, R) is computed faster than block by block. On a
+# GPU it always is where it fits: each block costs some ten launches.
 _FEW_PAIRS = 1 << 19
 
 
@@ -39,6 +40,7 @@ def label_anchors(
         tensors (R, 4): the box matched to each anchor, of no meaning except at positives.
     """
     flat = Boxes.cat(anchors).tensor
+    few_pairs = _FEW_PAIRS if flat.device.type == "cpu" else _GPU_PAIRS
     blocks = None
     gt_labels, gt_boxes = [], []
     for gt in gt_instances:
@@ -47,7 +49,7 @@ def label_anchors(
             gt_labels.append(torch.full((len(flat),), num_classes, device=flat.device))
             gt_boxes.append(torch.zeros_like(flat))
             continue
-        if len(boxes) * len(flat) <= _FEW_PAIRS or type(matcher) is not Matcher:
+        if len(boxes) * len(flat) <= few_pairs or type(matcher) is not Matcher:
             match, label = matcher(pairwise_iou(gt.gt_boxes, Boxes(flat)))
         else:
             blocks = blocks or _blocks_of(anchors)

@@ -135,3 +135,17 @@ def test_evaluation_needs_no_training(own_config, tmp_path, monkeypatch):
     rehearse(cfg, training=False)
     with pytest.raises(ValueError, match="Milestone"):
         rehearse(cfg, training=True)
+
+
+def test_layers_without_a_version_for_the_cpu_are_left_to_the_gpu(own_config, monkeypatch):
+    """As detectron2's modulated deformable convolutions."""
+
+    def fails(*_, **__):
+        raise NotImplementedError("Deformable Conv is not supported on CPUs!")
+
+    monkeypatch.setattr("detectron2.modeling.FPN.forward", fails)
+    cfg = load_config(str(own_config), ["MODEL.DEVICE", "cpu"])
+    with pytest.raises(NotImplementedError):
+        rehearse(cfg, training=True)
+    cfg.MODEL.DEVICE = "cuda"
+    rehearse(cfg, training=True)

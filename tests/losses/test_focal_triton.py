@@ -65,7 +65,7 @@ def test_loss_on_the_gpu_uses_the_kernels_and_is_deterministic():
     logits = torch.randn(50_000, 80, device="cuda", requires_grad=True)
     labels = torch.randint(-1, 81, (50_000,), device="cuda")
     losses = [sigmoid_focal_loss(logits, labels) for _ in range(3)]
-    assert focal._triton_kernels() is not None
+    assert focal._triton_kernels(torch.device("cuda", 0)) is not None
     assert losses[0] == losses[1] == losses[2]
     cpu = logits.detach().cpu().requires_grad_()
     expected = sigmoid_focal_loss(cpu, labels.cpu())
