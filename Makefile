@@ -29,9 +29,11 @@ help:
 setup:
 	@$(PYTHON) tools/setup_env.py "$(VENV)" constraints.txt $(CHOSEN)
 
-# A process a core, each with one thread: a file's tests stay together.
+# A process a core, each with one thread: a file's tests stay together, in the order of the folders
+# (by their number the files of a few long tests would come last).
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=7200 $(ARGS)

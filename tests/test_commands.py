@@ -48,10 +48,10 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(run, words, orig):
 def test_a_command_that_only_takes_the_config_function_has_all_registered():
     code = "from iou_balanced_d2 import add_iou_balanced_config\n"
     code += "from detectron2.modeling import META_ARCH_REGISTRY as r\n"
-    code += "assert 'IoUBalancedRetinaNet' in r"
+    code += "print('IoUBalancedRetinaNet' in r)"
     run = f"exec({code!r})"
     done = run_without_torch(run, "/usr/bin/iou-balanced-d2")
-    assert done.returncode == 3, done.stderr
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_the_list_of_commands(capsys):

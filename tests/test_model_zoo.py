@@ -1,9 +1,6 @@
-"""The model zoo: detectron2's functions on this project's configs, in a checkout and in a wheel."""
+"""The model zoo: detectron2's functions on this project's configs."""
 
 import inspect
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,15 +21,6 @@ PROJECT_CONFIGS = sorted(
     Path(f.relative_to(ROOT / "projects").as_posix().replace("/configs/", "/", 1))
     for f in ROOT.glob("projects/*/configs/**/*.yaml")
 )
-# What a user of an installed wheel does.
-USE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from iou_balanced_d2 import model_zoo
-for name in sys.argv[2:]:
-    cfg = model_zoo.get_config(name)
-    print(model_zoo.get_config_file(name), cfg.MODEL.META_ARCHITECTURE)
-"""
 
 
 @pytest.mark.parametrize("name", ["get_config_file", "get_config", "get", "get_checkpoint_url"])
@@ -100,24 +88,3 @@ def test_a_projects_model_is_built_from_its_name():
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         assert type(build_model(cfg)).__name__ == "IoUBalancedFCOS"
-
-
-def test_a_wheels_layout_is_found_too(tmp_path):
-    """The folders as setup.py lays them out, where there is no checkout around the package."""
-    package = tmp_path / "iou_balanced_d2"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "iou_balanced_d2", package, ignore=ignore)
-    shutil.copytree(ROOT / "configs", package / "model_zoo/configs")
-    for project in ROOT.glob("projects/*/configs"):
-        name = project.parent.name
-        shutil.copytree(project, package / "model_zoo/projects" / name / "configs")
-    for init in ROOT.glob("projects/*/*/__init__.py"):
-        folder = package / "projects" / init.parent.name
-        shutil.copytree(init.parent, folder, ignore=ignore)
-    names = [RETINANET, "FCOS/Demo/fcos_demo.yaml"]
-    command = [sys.executable, "-W", "ignore", "-c", USE, str(tmp_path), *names]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    retinanet, fcos = done.stdout.splitlines()[-2:]
-    assert retinanet == f"{package}/model_zoo/configs/{RETINANET} IoUBalancedRetinaNet"
-    assert fcos == f"{package}/model_zoo/projects/FCOS/configs/Demo/fcos_demo.yaml IoUBalancedFCOS"

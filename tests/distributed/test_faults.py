@@ -23,6 +23,7 @@ from iou_balanced_d2.engine import Trainer, trainer
 from iou_balanced_d2.engine import main as train_main
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer
 from iou_balanced_d2.engine.faults import user_error
+from iou_balanced_d2.engine.signals import ONE_SIGNAL
 from iou_balanced_d2.engine.train_step import share
 
 from ..command import ROOT
@@ -80,9 +81,9 @@ def signal_in_a_step():
         step(self)
 
     def slow_save(self, *args, **kwargs):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.1 * ONE_SIGNAL)  # sooner, the two are one
+        os.kill(os.getpid(), signal.SIGTERM)
         save(self, *args, **kwargs)
 
     Trainer.run_step = run_step
@@ -299,7 +300,9 @@ def check_stream(rank):
 
 
 def test_ranks_without_positives_train_and_one_reports_the_other_killed(tmp_path):
-    context = mp.spawn(two_ranks, (free_port(), tmp_path), nprocs=2, join=False)
+    context = mp.start_processes(
+        two_ranks, (free_port(), tmp_path), nprocs=2, join=False, start_method="fork"
+    )
     for process in context.processes:
         process.join(timeout=3 * LIMIT)
     assert [p.exitcode for p in context.processes] == [0, -signal.SIGKILL]

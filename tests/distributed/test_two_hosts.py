@@ -370,7 +370,7 @@ def fcos_worker(rank, folder):
 
 def test_fcos_in_two_processes_is_that_of_one(tmp_path):
     """Of the two images, one for each process, one has no object."""
-    mp.spawn(fcos_worker, (str(tmp_path),), nprocs=2)
+    mp.start_processes(fcos_worker, (str(tmp_path),), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     losses, grads = fcos_step(toy_batch())
     for name, loss in losses.items():

@@ -41,6 +41,7 @@ def steps(module, batches):
 
 
 def worker(rank, port, folder, kwargs, seeds):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     batches = [share(make_batch(seed), rank) for seed in seeds]
     torch.save(steps(make_loss(**kwargs), batches), f"{folder}/{rank}.pt")
@@ -49,7 +50,9 @@ def worker(rank, port, folder, kwargs, seeds):
 
 def run_both(tmp_path, seeds=(0, 1), **kwargs):
     """(results of rank 0, of rank 1, of one process with both images)."""
-    mp.spawn(worker, (free_port(), str(tmp_path), kwargs, seeds), nprocs=2)
+    mp.start_processes(
+        worker, (free_port(), str(tmp_path), kwargs, seeds), nprocs=2, start_method="fork"
+    )
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     return *ranks, steps(make_loss(**kwargs), [make_batch(seed) for seed in seeds])
 
@@ -90,13 +93,14 @@ def test_moving_average_is_of_the_mean_number_of_positives_over_ranks(tmp_path):
 def test_a_rank_without_positives_neither_hangs_nor_breaks(tmp_path):
     batch = make_batch()
     assert any((x >= 0).any() for x in batch[2])
-    mp.spawn(lonely_worker, (free_port(), str(tmp_path)), nprocs=2)
+    mp.start_processes(lonely_worker, (free_port(), str(tmp_path)), nprocs=2, start_method="fork")
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
     assert states[0]["w_loc_measurement"]["w_loc"] > 1
 
 
 def lonely_worker(rank, port, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     anchors, logits, labels, deltas, gt = make_batch()
     if rank == 1:

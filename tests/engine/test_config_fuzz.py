@@ -27,7 +27,7 @@ SWITCHES = {
 # Detectors' keys that the toy one does not have.
 OTHERS = ("MODEL.RPN", "MODEL.ROI", "MODEL.SEM", "MODEL.PANO", "MODEL.PROP", "MODEL.KEYP",
           "MODEL.SSD", "MODEL.FCOS")  # fmt: skip
-NUM_CASES_FAST = 200
+NUM_CASES_FAST = 100
 
 
 def values_for(default):

@@ -99,7 +99,7 @@ FOUND = [(1, 1, (0, 0, 100, 100), 0.5), (1, 1, (150, 0, 100, 95), 0.9)]
     ],
 )
 def test_difficult_objects(difficult, detections, ap50):
-    coco = coco_of(DIFFICULT, difficult=difficult)
+    coco = coco_of(DIFFICULT)
     metrics = metrics_of(coco, detections_of(detections), difficult)
     assert metrics["AP50"] == pytest.approx(ap50)
 

@@ -18,10 +18,11 @@ def voc_ap_of(coco, detections, **kwargs):
     return voc_average_precision(*arrays_of(coco, detections, limit=None), **kwargs)
 
 
-def ap_of(annotations, rows, thresholds=(0.5,), **kwargs):
+def ap_of(annotations, rows, thresholds=(0.5,), difficult="ignore", **kwargs):
     """(11 points, area) of the first class at the first threshold."""
     coco = coco_of(annotations, **kwargs)
-    ap = voc_ap_of(coco, detections_of(rows), iou_thresholds=thresholds)
+    arrays = arrays_of(coco, detections_of(rows), difficult, limit=None)
+    ap = voc_average_precision(*arrays, iou_thresholds=thresholds)
     return ap.eleven_point[0, 0], ap.area[0, 0]
 
 
