@@ -23,17 +23,11 @@ EXPORT_FORMATS = ("torchscript", "onnx")
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command."""
 
-    Attributes:
-        module: in :mod:`iou_balanced_d2.commands`; its ``run`` gets the arguments.
-        description: one line.
-        add_arguments: adds its flags to a parser.
-    """
-
-    module: str
-    description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    module: str  # in :mod:`iou_balanced_d2.commands`; its ``run`` gets the arguments
+    description: str  # one line
+    add_arguments: Callable[[argparse.ArgumentParser], None]  # adds its flags to a parser
 
 
 def parse(name: str, words: Sequence[str], prog: str | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -33,13 +33,11 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """
     folder, name = os.path.split(os.path.abspath(path))
     start = os.fsdecode(os.fsencode(name)[:200])  # names have at most 255 bytes
-    temporary = ""
+    temporary = os.path.join(folder, f".{start}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
-        descriptor, temporary = tempfile.mkstemp(_UNFINISHED, f".{start}.", folder)
-        with open(descriptor, "wb") as f:
+        with open(temporary, "xb") as f:
             write(f)
             f.flush()
-            os.fchmod(f.fileno(), 0o666 & ~_umask())
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -78,13 +76,6 @@ def remove_unfinished(folder: str | Path) -> None:
     for path in Path(folder).glob(f".*{_UNFINISHED}"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _umask() -> int:
-    """The permissions that new files don't get. The system returns them only when they are set."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _why_not_written(error: BaseException | None) -> str:

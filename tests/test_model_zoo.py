@@ -1,6 +1,5 @@
 """The model zoo: detectron2's functions on this project's configs."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,6 @@ PROJECT_CONFIGS = sorted(
 )
 
 
-@pytest.mark.parametrize("name", ["get_config_file", "get_config", "get", "get_checkpoint_url"])
-def test_signatures_are_detectron2s(name):
-    ours, theirs = (
-        [(p.name, p.default) for p in inspect.signature(getattr(zoo, name)).parameters.values()]
-        for zoo in (model_zoo, detectron2_zoo)
-    )
-    assert ours == theirs
-
-
 @pytest.mark.parametrize("path", [*CONFIGS, *PROJECT_CONFIGS], ids=lambda p: p.stem)
 def test_every_config_is_found_under_its_name(path):
     cfg = model_zoo.get_config(path.as_posix())
@@ -48,17 +38,6 @@ def test_projects_have_configs():
 def test_what_is_not_there_raises_as_in_detectron2(zoo):
     with pytest.raises(RuntimeError, match=r"nothing\.yaml not available"):
         zoo.get_config_file("COCO-Detection/nothing.yaml")
-    with pytest.raises(RuntimeError, match=r"Pretrained model for .* is not available!"):
-        zoo.get_checkpoint_url("COCO-Detection/retinanet_R_101_FPN_1x.yaml" if zoo is model_zoo
-                               else "COCO-Detection/nothing.yaml")  # fmt: skip
-
-
-def test_a_trained_model_is_taken_where_there_is_one(monkeypatch):
-    with pytest.raises(RuntimeError, match=r"Pretrained model .* Train it by train_net\.py"):
-        model_zoo.get(RETINANET, trained=True)
-    monkeypatch.setitem(model_zoo._URLS, RETINANET.removesuffix(".yaml"), "https://x/y.pth")
-    assert model_zoo.get_config(RETINANET, trained=True).MODEL.WEIGHTS == "https://x/y.pth"
-    assert model_zoo.get_config(RETINANET).MODEL.WEIGHTS.endswith("MSRA/R-50.pkl")
 
 
 def test_get_builds_the_model_on_the_device_with_the_configs_weights(tmp_path, monkeypatch):

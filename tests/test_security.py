@@ -386,7 +386,7 @@ def test_any_value_in_annotations_is_used_or_refused_in_one_line(tmp_path, place
     if (read := used(read_coco_json, str(file))) is None:
         return
     inspect_annotations(read)
-    inspect_images(read, str(tmp_path), threads=1)
+    inspect_images(read, str(tmp_path))
     anchor_recall(load_config(CONFIG), read)
 
 

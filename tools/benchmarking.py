@@ -68,14 +68,7 @@ def time_side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of each step, in turns, so that a busy machine slows all of them alike.
 
-    Args:
-        steps: by name.
-        device: they run on.
-        repeats: rounds that are counted.
-        warm_up: begin with a round that is not counted; steps that have run need none.
-
-    Returns:
-        name -> seconds of each counted round.
+    A round to warm up is not counted; steps that have run need none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats + warm_up):
@@ -101,15 +94,8 @@ def compare(
 ) -> dict[str, float]:
     """A row of a table: time and memory of "ours" and of "detectron2".
 
-    Args:
-        steps: of both, by name.
-        device: they run on.
-        repeats: rounds that are counted.
-        num_busy: processes beside them; with some the steps must have run before.
-        memory: bytes that the step of a name takes.
-
-    Returns:
-        medians of both, the median ratio, and our worst round.
+    Medians of both, the median ratio, and our worst round; beside ``num_busy`` processes the steps
+    must have run before.
     """
     with busy_processes(num_busy):
         seconds = time_side_by_side(steps, device, repeats, warm_up=not num_busy)

@@ -37,11 +37,7 @@ NOT_WITH_OLDEST = (
 
 
 def oldest(requirements: list[str]) -> list[str]:
-    """Constraints that hold every requirement at its floor, but for those of development.
-
-    Raises:
-        UserError: naming a requirement that has none.
-    """
+    """Constraints that hold every requirement at its floor, but for those of development."""
     pins = ["setuptools<81"]  # detectron2 needs its pkg_resources
     for line in requirements:
         requirement, _, extra = line.partition("; extra == ")
@@ -56,14 +52,7 @@ def oldest(requirements: list[str]) -> list[str]:
 
 
 def run_tests(python: str, folder: Path, constraints: Path, tests: list[str]) -> bool:
-    """Make an environment, or bring it up to date, and run pytest in it.
-
-    Returns:
-        whether all tests passed.
-
-    Raises:
-        UserError: if there is no such Python, or the installation fails.
-    """
+    """Make an environment, or bring it up to date, and run pytest in it; whether all passed."""
     make = [python, "tools/setup_env.py", str(folder), str(constraints), "--use-this-python"]
     env = {**os.environ, "PYTHONPATH": ""}
     try:

@@ -1,15 +1,14 @@
 """Boxes drawn on an image: a colour a class, and labels that can be read. Boxes are XYXY."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[Any]
+from ..evaluation.detections import Array
 
 _COLORS = colormap(rgb=True, maximum=1)  # of some 80 classes
 _TEXT = 16  # least height of the labels, pixels
@@ -22,18 +21,10 @@ def draw_boxes(
     labels: Sequence[str],
     scale: float = 1.0,
 ) -> Array:
-    """Draw the boxes of an image.
+    """Draw boxes (B, 4) on an image (H, W, 3) uint8 RGB; the picture is ``scale`` times as large.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        boxes: (B, 4) in its pixels, the most important first: it lies above the others, and its
-            label has the choice of places.
-        classes: B rows of classes; each has its colour, whatever the image.
-        labels: B texts.
-        scale: of the picture to the image.
-
-    Returns:
-        the picture, (scale * H, scale * W, 3) uint8 RGB.
+    The most important box comes first: it lies above the others, and its label has the choice of
+    places. Each class has its colour, whatever the image.
     """
     # Resized first, as the lines of detectron2's visualizer grow with its own scale.
     picture = cv2.resize(image, None, fx=scale, fy=scale) if scale != 1 else image

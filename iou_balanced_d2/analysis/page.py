@@ -33,11 +33,7 @@ th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto;
 
 
 def clean(text: str) -> str:
-    """Text on one line, without control characters and surrogates: a file or terminal can have it.
-
-    Args:
-        text: such as the name of a run or a class.
-    """
+    """A name or text on one line, without control characters and surrogates."""
     one_line = " ".join(text.splitlines())
     return "".join("\ufffd" if category(c) in ("Cc", "Cs") else c for c in one_line)
 
@@ -63,11 +59,7 @@ class Page:
     """A page, filled from top to bottom, as HTML and as Markdown; all text given is plain text."""
 
     def __init__(self, title: str):
-        """Start the page.
-
-        Args:
-            title: its title and headline.
-        """
+        """Start the page with its title, which is the headline, too."""
         self._title = _escape(title)
         self._html: list[str] = []
         self._markdown = [f"# {markdown_text(title)}"]

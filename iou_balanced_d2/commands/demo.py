@@ -42,9 +42,6 @@ def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
     """The files that paths, folders and patterns stand for; a path that is not there is kept.
 
     Folders are read with their subfolders, but not what was drawn before.
-
-    Raises:
-        UserError: if a folder has no pictures.
     """
     for word in words:
         if os.path.isdir(word):
@@ -64,11 +61,7 @@ def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
 
 
 def read(file: str, longest: float) -> np.ndarray:
-    """An image (H, W, 3) uint8 BGR, of which the longer side is at most ``longest`` shorter ones.
-
-    Raises:
-        ValueError: why it is skipped.
-    """
+    """An image (H, W, 3) uint8 BGR, ``longest`` times as long as wide at most; or ValueError."""
     try:
         with Image.open(file) as opened:
             fault = fault_of(opened)
@@ -98,11 +91,7 @@ def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> np.ndarra
 
 
 def keep_input(file: str, target: Path) -> None:
-    """Make sure that what is drawn does not replace what it is drawn on.
-
-    Raises:
-        UserError: if both are the same file.
-    """
+    """Make sure that what is drawn does not replace what it is drawn on."""
     if target.exists() and target.samefile(file):
         raise UserError(f"{file} would be overwritten: give another folder as --output")
 
@@ -118,11 +107,7 @@ def summary(num_boxes: int, best_score: float, threshold: float) -> str:
 
 
 def load_predictor(cfg: CfgNode) -> DefaultPredictor:
-    """Build the model and load its weights.
-
-    Raises:
-        UserError: if the weights can't be read, or are not the whole model's.
-    """
+    """Build the model and load its weights."""
     without = cfg.clone()
     without.MODEL.WEIGHTS = ""  # detectron2's predictor would run code that a file holds
     predictor = DefaultPredictor(without)

@@ -28,7 +28,7 @@ from ..analysis.page import clean
 from ..data import check_datasets
 from ..data.anchors import AnchorGrid, anchor_recall, mean_recall, recall_in_words
 from ..data.coco_format import class_names
-from ..data.inspection import has_object
+from ..data.inspection import trained_on
 from ..data.layouts import SPLITS_FOLDER, Split, dataset_name, find_splits, split_images
 from ..engine import Trainer, load_config
 from ..engine.config import choose_device
@@ -49,30 +49,19 @@ Settings = list[tuple[str, Any, str]]  # config key, value, the reason
 
 @dataclass(frozen=True)
 class Device:
-    """What a training on a kind of device starts from.
+    """What a training on a kind of device starts from."""
 
-    Attributes:
-        name: of MODEL.DEVICE.
-        base: the config of the model zoo, with the detector.
-        longest_sides: of the photos in training, of which the first that suffices is taken; empty
-            for the photos' own, within detectron2's limits.
-        lr_per_image: learning rate divided by the batch.
-        lr_reason: where that is from.
-        epochs: passes over the photos.
-        fewest: iterations.
-        most: iterations.
-        workers: processes that read photos.
-    """
-
-    name: str
-    base: str
+    name: str  # of MODEL.DEVICE
+    base: str  # the config of the model zoo, with the detector
+    # Of the photos in training, of which the first that suffices is taken; empty for the photos'
+    # own, within detectron2's limits.
     longest_sides: tuple[int, ...]
-    lr_per_image: float
-    lr_reason: str
-    epochs: float
-    fewest: int
-    most: float
-    workers: int
+    lr_per_image: float  # learning rate divided by the batch
+    lr_reason: str  # where that is from
+    epochs: float  # passes over the photos
+    fewest: int  # iterations
+    most: float  # iterations
+    workers: int  # processes that read photos
 
 
 DEVICES = {
@@ -89,25 +78,15 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Chosen:
-    """What follows from the data and the device.
+    """What follows from the data and the device."""
 
-    Attributes:
-        min_sizes: shorter sides of photos in training.
-        max_size: longest side.
-        scale: of the base config's anchors.
-        recalls: share of each class's boxes that meet an anchor at IoU 0.5.
-        images: photos with objects, those that are trained on.
-        batch: photos of an iteration.
-        iterations: of the training.
-    """
-
-    min_sizes: tuple[int, ...]
-    max_size: int
-    scale: float
-    recalls: dict[str, float]
-    images: int
-    batch: int
-    iterations: int
+    min_sizes: tuple[int, ...]  # shorter sides of photos in training
+    max_size: int  # longest side
+    scale: float  # of the base config's anchors
+    recalls: dict[str, float]  # share of each class's boxes that meet an anchor at IoU 0.5
+    images: int  # photos with objects, those that are trained on
+    batch: int  # photos of an iteration
+    iterations: int  # of the training
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     make_folder(args.output.parent)
     if not judge:
         splits, judge = hold_out(splits["train"], args.photos, args.output), "valid"
-    if not has_object(splits["train"].content, "ignore"):  # of what is not held out
+    if not trained_on(splits["train"].content, "ignore"):  # of what is not held out
         raise UserError(f"{args.photos}: no photo to train on has a usable box")
     base = load_config(get_config_file(device.base))
     chosen = choose(base, args, device, splits["train"].content)

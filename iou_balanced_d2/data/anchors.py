@@ -23,17 +23,12 @@ _W_LOC_IMAGES = 50  # as many give w_loc to some percent
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """A RetinaNet's anchors: shapes that stand at every cell of a grid.
+    """A RetinaNet's anchors: shapes that stand at every cell of a grid."""
 
-    Attributes:
-        levels: (stride in pixels, (A, 2) float widths and heights) of each pyramid level.
-        offset: place in its cell of an anchor's centre, in cells.
-        divisor: images are padded to a multiple of it.
-    """
-
+    # (stride in pixels, (A, 2) float widths and heights) of each pyramid level.
     levels: list[tuple[int, NDArray[Any]]]
-    offset: float
-    divisor: int
+    offset: float  # place in its cell of an anchor's centre, in cells
+    divisor: int  # images are padded to a multiple of it
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "AnchorGrid":
@@ -63,16 +58,8 @@ def anchor_recall(
 
     "Gets an anchor": one anchor's IoU with the box is at least the upper one of
     MODEL.RETINANET.IOU_THRESHOLDS. (The others are matched to their best anchor all the same, but
-    to that one only, however bad it is.)
-
-    Args:
-        cfg: config of a RetinaNet; images are resized as for training, at the middle of its sizes.
-        content: clean, see :func:`read_coco_json`.
-        anchors: in place of the config's.
-        image_scale: what the config's image sizes are multiplied by.
-
-    Returns:
-        share in [0, 1] of the :func:`scaled_boxes` of each class that has any, by its name.
+    to that one only, however bad it is.) Images are resized as for training, at the middle of its
+    sizes, times ``image_scale``.
     """
     boxes, size, classes = scaled_boxes(cfg, content, image_scale)
     best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
@@ -98,15 +85,10 @@ def recall_in_words(recalls: Mapping[str, float]) -> str:
 def best_anchor_iou(
     boxes: NDArray[Any], size: NDArray[Any], anchors: AnchorGrid
 ) -> NDArray[np.float64]:
-    """IoU (G,) of each box with its best anchor.
+    """IoU (G,) of each box (G, 4) with its best anchor; size (G, 2) is of the box's image.
 
     An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
     shape only the one nearest to the box has to be looked at, not all of the grid.
-
-    Args:
-        boxes: (G, 4) float, XYXY in pixels, with an area.
-        size: (G, 2), width and height in pixels of each box's image.
-        anchors: of the detector.
     """
     best = np.zeros(len(boxes))
     padded = np.ceil(size / anchors.divisor) * anchors.divisor
@@ -165,15 +147,7 @@ def _resized(cfg: CfgNode, image: dict[str, Any], scale: float) -> tuple[int, in
 
 
 def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
-    """The w_loc of eq. 4 that the rule "anchors" would measure, from a sample of the images.
-
-    Args:
-        cfg: config of a RetinaNet, with LOC_WEIGHT_RULE "anchors".
-        content: clean, see :func:`read_coco_json`.
-
-    Returns:
-        w_loc; NaN without any box.
-    """
+    """The w_loc of eq. 4 that the rule "anchors" would measure on a sample of images, or NaN."""
     with torch.device("meta"):
         model = IoUBalancedRetinaNet(**IoUBalancedRetinaNet.from_config(cfg))
     shapes = model.backbone.output_shape()
@@ -203,15 +177,7 @@ def expected_w_loc(cfg: CfgNode, content: dict[str, Any]) -> float:
 
 
 def anchor_advice(cfg: CfgNode, content: dict[str, Any]) -> str:
-    """What larger images and smaller (or larger) anchors would do for :func:`mean_recall`.
-
-    Args:
-        cfg: config of a RetinaNet.
-        content: clean, see :func:`read_coco_json`.
-
-    Returns:
-        one line.
-    """
+    """What larger images and smaller (or larger) anchors would do for :func:`mean_recall`."""
     shortest, longest = _shortest(cfg), cfg.INPUT.MAX_SIZE_TRAIN
     step = max(1, len(content["annotations"]) // _MOST_ASKED)
     sample = {**content, "annotations": content["annotations"][::step]}

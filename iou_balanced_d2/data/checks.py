@@ -18,7 +18,7 @@ from .coco import check_folder, register_datasets_of
 from .coco_format import REPAIRS, class_names, read_coco_json
 from .conversion import ConvertedDataset, prepare_dataset
 from .demo import ensure_demo_datasets
-from .inspection import FATAL, PROBLEMS, has_object, inspect
+from .inspection import FATAL, PROBLEMS, inspect, trained_on
 from .voc import check_difficult_policy
 
 _MOST_NAMED = 5
@@ -76,7 +76,7 @@ def check_datasets(
                 else:
                     look(name, content)
                 classes = class_names(content)
-                is_empty[name] = not has_object(content, cfg.DATASETS.VOC_DIFFICULT)
+                is_empty[name] = not trained_on(content, cfg.DATASETS.VOC_DIFFICULT)
             else:
                 classes = _check_records(name)
                 if not classes and name in cfg.DATASETS.TEST:
@@ -95,9 +95,8 @@ def check_datasets(
 def detector_node(cfg: CfgNode) -> str | None:
     """Name of the node of ``cfg.MODEL`` that holds the detector's keys, NUM_CLASSES among them.
 
-    Returns:
-        the node whose name is part of META_ARCHITECTURE: "RETINANET" for "IoUBalancedRetinaNet";
-        None for a detector that has none, as the two-stage ones.
+    It is part of META_ARCHITECTURE: "RETINANET" for "IoUBalancedRetinaNet"; two-stage ones have
+    none.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE.upper()
     for name, node in cfg.MODEL.items():
@@ -188,7 +187,13 @@ def _check_content(cfg: CfgNode, name: str, content: dict[str, Any], *, read_ima
         path = known.source.path if is_converted else MetadataCatalog.get(name).json_file
         raise UserError(f"{path}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        _warn_anchor_recall(cfg, name, content)
+        recalls = anchor_recall(cfg, content)
+        if mean_recall(recalls) < LOW_RECALL:
+            threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
+            logger.warning(
+                f"data set {name!r}: only {recall_in_words(recalls)} meet an anchor at IoU "
+                f"{threshold}; {anchor_advice(cfg, content)}"
+            )
 
 
 def _named(problems: dict[str, list[str]]) -> str:
@@ -198,16 +203,6 @@ def _named(problems: dict[str, list[str]]) -> str:
         shown = [*places[:_MOST_NAMED], "..."] if len(places) > _MOST_NAMED else places
         parts.append(f"{len(places)} x {kind}: {'; '.join(shown)} ({PROBLEMS[kind]})")
     return "; ".join(parts)
-
-
-def _warn_anchor_recall(cfg: CfgNode, name: str, content: dict[str, Any]) -> None:
-    recalls = anchor_recall(cfg, content)
-    if mean_recall(recalls) < LOW_RECALL:
-        threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-        logger.warning(
-            f"data set {name!r}: only {recall_in_words(recalls)} meet an anchor at IoU "
-            f"{threshold}; {anchor_advice(cfg, content)}"
-        )
 
 
 def _check_registered(name: str) -> None:

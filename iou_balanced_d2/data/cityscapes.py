@@ -58,15 +58,10 @@ Thing = tuple[int, list[float], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CityscapesSource:
-    """One split.
+    """One split."""
 
-    Attributes:
-        path: the folder of leftImg8bit and gtFine.
-        split: "train" or "val".
-    """
-
-    path: str
-    split: str
+    path: str  # the folder of leftImg8bit and gtFine
+    split: str  # "train" or "val"
     metadata: ClassVar[dict[str, Any]] = {"thing_classes": list(CITYSCAPES_CLASSES)}
 
     @property
@@ -115,17 +110,7 @@ class CityscapesSource:
 
 
 def parse_cityscapes_json(path: str) -> tuple[int, int, list[Thing], int]:
-    """Parse one ``*_gtFine_polygons.json``.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        the image's width and height, and its :func:`visible_things`.
-
-    Raises:
-        UserError: if it is broken or not of this format.
-    """
+    """Width, height and :func:`visible_things` of one ``*_gtFine_polygons.json``."""
     try:
         content = json.loads(read_bytes(path))
         width, height = int(content["imgWidth"]), int(content["imgHeight"])
@@ -147,15 +132,9 @@ def parse_cityscapes_json(path: str) -> tuple[int, int, list[Thing], int]:
 def visible_things(
     objects: Sequence[tuple[str, NDArray[Any]]], *, height: int, width: int
 ) -> tuple[list[Thing], int]:
-    """Draw polygons over each other and bound what is seen of each thing.
+    """Draw polygons (V, 2), by label, over each other and bound what is seen of each thing.
 
-    Args:
-        objects: label and (V, 2) vertices x, y in pixels, in drawing order.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        the visible objects of the 8 classes, and the number of those that are hidden wholly.
+    Returns the visible objects of the 8 classes, and the number of those that are hidden wholly.
     """
     # The row of the object seen at each pixel; int32 holds more rows than 8 bit do.
     owner = np.full((height, width), -1, dtype=np.int32)
@@ -184,11 +163,7 @@ def visible_things(
 
 
 def register_cityscapes(root: str) -> None:
-    """Register ``cityscapes_fine_bbox_train`` and ``cityscapes_fine_bbox_val``.
-
-    Args:
-        root: holds the folder cityscapes.
-    """
+    """Register ``cityscapes_fine_bbox_train`` and ``_val``, of <root>/cityscapes."""
     for split in ("train", "val"):
         source = CityscapesSource(os.path.join(root, "cityscapes"), split)
         register_converted(f"cityscapes_fine_bbox_{split}", source)

@@ -22,14 +22,10 @@ class CocoSource:
 
     detectron2 leaves out boxes whose segmentation is faulty, and other irregular fields make it
     fail after the training. It therefore gets the clean form of :func:`read_coco_json`.
-
-    Attributes:
-        path: annotations in COCO's instance format.
-        image_root: folder that the images' ``file_name`` are relative to.
     """
 
-    path: str
-    image_root: str
+    path: str  # annotations in COCO's instance format
+    image_root: str  # folder that the images' ``file_name`` are relative to
     metadata: ClassVar[dict[str, Any]] = {}  # nothing is known before the file is read
 
     def fingerprint(self) -> list[Any]:
@@ -88,10 +84,6 @@ def _are_texts(value: Any) -> bool:
 
 
 def check_folder(image_root: str) -> None:
-    """Make sure that the image folder is there.
-
-    Raises:
-        UserError: if it is not.
-    """
+    """Make sure that the image folder is there."""
     if not os.path.isdir(image_root):
         raise UserError(f"image folder {image_root!r} not found")

@@ -59,17 +59,7 @@ class _Found:
 
 
 def load_json(path: str) -> Any:
-    """Read a JSON file: UTF-8 or UTF-16 with or without byte order mark, also packed by gzip.
-
-    Args:
-        path: the file.
-
-    Returns:
-        its content.
-
-    Raises:
-        UserError: if it can't be read, or is no JSON.
-    """
+    """Read a JSON file: UTF-8 or UTF-16 with or without byte order mark, also packed by gzip."""
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -99,18 +89,8 @@ def read_coco_json(json_file: str, content: Any = None) -> dict[str, Any]:
     "area", "iscrowd" (0 or 1), and "difficult" (0 or 1) where the file says so; categories "id" and
     "name". Ids of images and categories are kept if they are whole numbers from 0 on. Otherwise
     they are numbered in their order, numbers before texts, and "original_id" is what they were.
-
-    Args:
-        json_file: its path.
-        content: of the file, where it has been loaded.
-
-    Returns:
-        the lists "images", "annotations" and "categories", and "info": "repairs", kind in
-        :data:`REPAIRS` -> [number, first place], and "problems", "unknown image" or "unknown
-        category" -> places of annotations that are left out.
-
-    Raises:
-        UserError: if it can't be read, or something in it can't be understood.
+    "info" has "repairs", kind in :data:`REPAIRS` -> [number, first place], and "problems", "unknown
+    image" or "unknown category" -> places of annotations that are left out.
     """
     try:
         return clean_coco(load_json(json_file) if content is None else content)
@@ -120,17 +100,7 @@ def read_coco_json(json_file: str, content: Any = None) -> dict[str, Any]:
 
 
 def clean_coco(content: Any) -> dict[str, Any]:
-    """The clean form of :func:`read_coco_json`.
-
-    Args:
-        content: of a JSON file.
-
-    Returns:
-        new content; what was given is not changed.
-
-    Raises:
-        UserError: with the place of what can't be understood.
-    """
+    """The clean form of :func:`read_coco_json`; what was given is not changed."""
     _check_form(content)
     found = _Found(content.get("info"))
     image_ids = _ids("images", content["images"], found)
@@ -293,14 +263,7 @@ def _box(value: Any, i: int) -> list[float]:
 
 
 def area_of(annotation: dict[str, Any]) -> float:
-    """The area by which COCO calls an object small, medium or large.
-
-    Args:
-        annotation: with "bbox", XYWH.
-
-    Returns:
-        its "area" in square pixels if that is a positive number, else its box's.
-    """
+    """The "area" by which COCO calls an object small, medium or large, or else its "bbox"'s."""
     value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
     if isinstance(value, int | float) and type(value) is not bool and 0 < value <= _MAX_AREA:
         return float(value)

@@ -38,6 +38,7 @@ _MANY = 500  # files; below, a progress bar does not pay
 _READERS = 8  # threads; they wait for the disk, so more than there are cores
 _MOST_NAMED = 5  # files in an error
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -57,31 +58,18 @@ class Source(Protocol):
         """What is known without reading anything, for the MetadataCatalog."""
 
     def fingerprint(self) -> list[Any]:
-        """What the result depends on, as JSON values; reads no annotation.
-
-        Raises:
-            UserError: if a file is missing.
-        """
+        """What the result depends on, as JSON values; reads no annotation."""
 
     def convert(self) -> dict[str, Any]:
-        """The annotations in COCO's instance format.
-
-        Raises:
-            UserError: if a file is missing or broken.
-        """
+        """The annotations in COCO's instance format."""
 
 
 @dataclass(frozen=True)
 class ConvertedDataset:
-    """What is registered in the DatasetCatalog: a call gives detectron2's dataset dicts.
+    """What is registered in the DatasetCatalog: a call gives detectron2's dataset dicts."""
 
-    Attributes:
-        name: the data set's name.
-        source: its annotations.
-    """
-
-    name: str
-    source: Source
+    name: str  # the data set's name
+    source: Source  # its annotations
 
     def __call__(self) -> list[dict[str, Any]]:
         """Convert if needed and load; annotations keep "difficult" where there is one."""
@@ -90,14 +78,7 @@ class ConvertedDataset:
         return list(load_coco_json(json_file, self.source.image_root, self.name, extra))
 
     def prepare(self) -> str:
-        """Convert if needed; put the JSON file and the classes into the MetadataCatalog.
-
-        Returns:
-            the path of the JSON file.
-
-        Raises:
-            UserError: naming the data set, the file and what is wrong.
-        """
+        """Convert if needed; put the JSON file and the classes into the MetadataCatalog."""
         try:
             json_file = cached_json(self.name, self.source)
             classes = _read_classes(json_file)
@@ -127,15 +108,7 @@ def prepare_dataset(name: str) -> None:
 
 
 def check_name(name: str, key: str = "") -> None:
-    """Make sure that a data set's name can name a folder: results go to OUTPUT_DIR/inference/NAME.
-
-    Args:
-        name: the data set's name.
-        key: the config key to name in the error.
-
-    Raises:
-        UserError: if it is empty or too long, leads to another folder, or can't be printed.
-    """
+    """A data set's name must be able to name a folder: results go to OUTPUT_DIR/inference/NAME."""
     leads_away = name in ("", ".", "..") or "/" in name or "\\" in name
     if leads_away or not name.isprintable() or len(quote(name, safe="")) > _LONGEST:
         where = f"{key}: " if key else ""
@@ -146,16 +119,7 @@ def check_name(name: str, key: str = "") -> None:
 
 
 def register_converted(name: str, source: Source, *, key: str = "") -> None:
-    """Register a source under ``name``; reads nothing. The same one again does nothing.
-
-    Args:
-        name: the data set's name.
-        source: its annotations.
-        key: the config key to name in an error.
-
-    Raises:
-        UserError: if the name is taken by another data set, or can't name a folder.
-    """
+    """Register a source under ``name``; reads nothing. The same one again does nothing."""
     check_name(name, key)
     dataset = ConvertedDataset(name, source)
     if name in DatasetCatalog:
@@ -184,18 +148,7 @@ def set_metadata(metadata: Metadata, **values: Any) -> None:
 
 
 def cached_json(name: str, source: Source) -> str:
-    """The path of the converted annotations, after converting them if they have changed.
-
-    Args:
-        name: the data set's name.
-        source: its annotations.
-
-    Returns:
-        the path of a complete COCO JSON file.
-
-    Raises:
-        UserError: if a source file is missing or broken, or no cache folder can be written.
-    """
+    """The path of the converted annotations, after converting them if they have changed."""
     # One lock for all versions of a data set, as the old ones are removed under it.
     lock = quote(name, safe="")
     key = hashlib.sha256(json.dumps([CONVERTER, source.fingerprint()]).encode()).hexdigest()[:16]
@@ -268,11 +221,7 @@ def _read_classes(json_file: str) -> list[str]:
 
 
 def stamp(path: str) -> list[int]:
-    """Size in bytes and time of change in ns, which show whether a file has changed.
-
-    Raises:
-        UserError: if there is no such file.
-    """
+    """Size in bytes and time of change in ns, which show whether a file has changed."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -281,11 +230,7 @@ def stamp(path: str) -> list[int]:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file.
-
-    Raises:
-        UserError: if it can't be read.
-    """
+    """The content of a file."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -293,11 +238,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_text(path: str) -> str:
-    """The text of a file of UTF-8 or, with a byte order mark, UTF-16.
-
-    Raises:
-        UserError: if it can't be read.
-    """
+    """The text of a file of UTF-8 or, with a byte order mark, UTF-16."""
     data = read_bytes(path)
     is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
@@ -307,26 +248,16 @@ def read_text(path: str) -> str:
 
 
 def map_files(
-    function: Callable[[str], Result], paths: Sequence[str], *, title: str
+    function: Callable[[Item], Result], paths: Sequence[Item], *, title: str
 ) -> list[Result]:
     """Call a function for each file, in threads; of many, with a bar that shows the progress.
 
-    Most of the time is spent waiting for many small files, above all on a network's disk. Not
-    every program can start processes safely (CUDA, a script without a main guard).
-
-    Args:
-        function: called with a file's path.
-        paths: the files.
-        title: written beside the bar.
-
-    Returns:
-        the results, in the order of the files.
-
-    Raises:
-        UserError: with the messages of those that the function raised; it is called for all first.
+    Most of the time is spent waiting for many small files, above all on a network's disk. Not every
+    program can start processes safely (CUDA, a script without a main guard). It is called for all
+    before its errors are raised, as one.
     """
 
-    def call(path: str) -> tuple[list[Result], str]:
+    def call(path: Item) -> tuple[list[Result], str]:
         try:
             return [function(path)], ""
         except UserError as error:
@@ -349,15 +280,7 @@ AnnotatedImage = tuple[str, int, int, Iterable[tuple[int, list[float], dict[str,
 
 
 def coco_content(classes: Iterable[str], images: Iterable[AnnotatedImage]) -> dict[str, Any]:
-    """Annotated images in COCO's format; images, annotations and classes are numbered from 1.
-
-    Args:
-        classes: their names, in their order.
-        images: in their order.
-
-    Returns:
-        the content, with an empty "info".
-    """
+    """Annotated images in COCO's format; images, annotations and classes are numbered from 1."""
     content: dict[str, Any] = {
         "info": {},
         "images": [],
@@ -388,15 +311,7 @@ NamedObject = tuple[str, list[float], dict[str, Any]]
 def named_content(
     images: Sequence[tuple[str, int, int, Sequence[NamedObject]]], classes: Sequence[str] | None
 ) -> dict[str, Any]:
-    """:func:`coco_content` of objects that have the name of their class.
-
-    Args:
-        images: file name, width, height and objects of each.
-        classes: in their order; None for the sorted names found.
-
-    Raises:
-        UserError: if an object is of another class.
-    """
+    """:func:`coco_content` of objects that have the name of their class; None: the sorted ones."""
     classes = classes or sorted({name for *_, objects in images for name, *_ in objects})
     numbers = {name: i for i, name in enumerate(classes)}
     for file, *_, objects in images:

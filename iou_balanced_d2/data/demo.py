@@ -49,27 +49,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """What is drawn; a change of any field makes :func:`ensure_demo_datasets` draw anew.
+    """What is drawn; a change of any field makes :func:`ensure_demo_datasets` draw anew."""
 
-    Attributes:
-        seed: seed of the whole set.
-        size: height and width of an image, in pixels.
-        num_train: number of training images.
-        num_val: number of validation images.
-        max_objects: most objects in an image; the fewest is 2.
-        min_side: smallest long side of a shape before it is rotated, as a share of ``size``.
-        max_side: largest one.
-        min_visible: least share of a shape's area that must be visible.
-    """
-
-    seed: int = 0
-    size: int = 128
-    num_train: int = 1200
-    num_val: int = 200
-    max_objects: int = 5
+    seed: int = 0  #: seed of the whole set
+    size: int = 128  #: height and width of an image, in pixels
+    num_train: int = 1200  #: number of training images
+    num_val: int = 200  #: number of validation images
+    max_objects: int = 5  #: most objects in an image; the fewest is 2
+    #: Smallest long side of a shape before it is rotated, as a share of ``size``.
     min_side: float = 0.22
-    max_side: float = 0.58
-    min_visible: float = 0.6
+    max_side: float = 0.58  #: largest one
+    min_visible: float = 0.6  #: least share of a shape's area that must be visible
 
 
 DEMO_SPEC = DemoSpec()
@@ -77,18 +67,12 @@ DEMO_SPEC = DemoSpec()
 
 @dataclass(frozen=True)
 class DemoScene:
-    """One drawn image and its ground truth.
+    """One drawn image and its ground truth."""
 
-    Attributes:
-        image: (H, W, 3) uint8, BGR.
-        owner: (H, W) int32, the row of the object seen at each pixel, -1 for background.
-        labels: (G,) int64, index into :data:`DEMO_CLASSES`.
-        boxes: (G, 4) int64, XYXY in pixel-edge coordinates: the box of pixel (0, 0) is 0, 0, 1, 1.
-    """
-
-    image: Array
-    owner: Array
-    labels: Array
+    image: Array  #: (H, W, 3) uint8, BGR
+    owner: Array  #: (H, W) int32, the row of the object seen at each pixel, -1 for background
+    labels: Array  #: (G,) int64, index into :data:`DEMO_CLASSES`
+    #: (G, 4) int64, XYXY in pixel-edge coordinates; the box of pixel (0, 0) is 0, 0, 1, 1.
     boxes: Array
 
 
@@ -114,7 +98,9 @@ def draw_scene(index: int, spec: DemoSpec = DEMO_SPEC) -> DemoScene:
             proposal = np.where(coverage >= 0.5, np.int32(len(areas)), owner)
             proposed_areas = [*areas, _polygon_area(polygon)]
             if _all_visible(proposal, proposed_areas, spec.min_visible):
-                canvas = _paint(rng, canvas, coverage, _class_hue(rng, label))
+                # A hue near the class's own; the bands of two classes just do not touch.
+                hue = (label + rng.uniform(-0.4, 0.4)) / len(DEMO_CLASSES)
+                canvas = _paint(rng, canvas, coverage, hue)
                 owner, areas = proposal, proposed_areas
                 labels.append(label)
                 break
@@ -188,11 +174,6 @@ def _color(
     """A (3,) float32 BGR colour of this hue, saturation and value within the given ranges."""
     rgb = colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(*saturation), rng.uniform(*value))
     return np.array(rgb[::-1], dtype=np.float32) * 255.0
-
-
-def _class_hue(rng: np.random.Generator, label: int) -> float:
-    """A hue near the class's own; the bands of two classes just do not touch."""
-    return (label + rng.uniform(-0.4, 0.4)) / len(DEMO_CLASSES)
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Array:

@@ -21,14 +21,7 @@ _BY_TAG = {
 
 
 def hint_for_json(content: Any) -> str:
-    """What JSON that is not in COCO's format is instead.
-
-    Args:
-        content: of the file.
-
-    Returns:
-        " (what it is and what to do)"; empty if it is not known.
-    """
+    """What JSON that isn't in COCO's format is instead: " (what it is and what to do)", or ""."""
     first = content
     if isinstance(content, dict) and content and "annotations" not in content:
         values = list(content.values())
@@ -41,26 +34,12 @@ def hint_for_json(content: Any) -> str:
 
 
 def hint_for_text(head: bytes) -> str:
-    """What a file that is not JSON is instead.
-
-    Args:
-        head: its first bytes.
-
-    Returns:
-        as :func:`hint_for_json`.
-    """
+    """What a file that is not JSON is instead, by its first bytes."""
     return next((f" ({what})" for tag, what in _BY_TAG.items() if tag in head), "")
 
 
 def hint_for_folder(path: str) -> str:
-    """What a folder holds that was given where a file, or another layout, is expected.
-
-    Args:
-        path: the folder; it needn't be there.
-
-    Returns:
-        as :func:`hint_for_json`.
-    """
+    """What a folder holds that was given where a file, or another layout, is expected."""
     if not os.path.isdir(path):
         return ""
     names = {name for name in os.listdir(path) if not name.startswith(".")}

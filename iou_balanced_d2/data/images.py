@@ -27,14 +27,10 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def fault_of(image: Image.Image) -> str:
-    """What detectron2 would misread.
+    """What detectron2 would misread in an image just opened (decoding loses a TIFF's EXIF data).
 
-    Args:
-        image: just opened, as the EXIF data of a TIFF file are gone when it is decoded.
-
-    Returns:
-        "not 8 bit": the pixels become nearly black or white; "turned TIFF": PIL and detectron2 both
-        turn it; else an empty text.
+    "not 8 bit": the pixels become nearly black or white; "turned TIFF": PIL and detectron2 both
+    turn it; else an empty text.
     """
     if image.mode[0] in "IF":  # PIL's modes of more than 8 bit: I;16, I, F
         return "not 8 bit"

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import META_ARCH_REGISTRY
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from ..modeling import interface_of
+from .conversion import map_files
 from .images import fault_of, is_turned, shown_size
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
@@ -51,25 +51,17 @@ _LARGER_THAN_1 = 8  # pixels
 
 @dataclass
 class Report:
-    """What was found in one data set.
+    """What was found in one data set."""
 
-    Attributes:
-        num_images: number of images.
-        num_annotations: number of annotations.
-        num_empty: number of images without annotations.
-        classes: number of annotations of each class.
-        problems: name of the problem -> where, each "file, annotation id: what".
-        repairs: kind of :data:`REPAIRS` -> number and first place.
-        rotated: number of images that their EXIF data turn by 90 degrees.
-    """
-
-    num_images: int
-    num_annotations: int
-    num_empty: int
-    classes: dict[str, int]
+    num_images: int  #: number of images
+    num_annotations: int  #: number of annotations
+    num_empty: int  #: number of images without annotations
+    classes: dict[str, int]  #: number of annotations of each class
+    #: Name of the problem -> where, each a file, the annotation and what.
     problems: dict[str, list[str]] = field(default_factory=dict)
+    #: Kind of :data:`REPAIRS` -> number and first place.
     repairs: dict[str, list[Any]] = field(default_factory=dict)
-    rotated: int = 0
+    rotated: int = 0  #: number of images that their EXIF data turn by 90 degrees
 
     def add(self, problems: Iterable[tuple[str, str]]) -> None:
         """Add (name of the problem, where) pairs."""
@@ -126,11 +118,6 @@ def inspect(cfg: CfgNode, content: dict[str, Any], image_root: str, *, read_imag
         report.add(("missing image", path) for path in missing_images(content, image_root))
     report.add(("strip", place) for place in strips(cfg, content))
     return report
-
-
-def has_object(content: dict[str, Any], policy: str) -> bool:
-    """Whether there is an object to train on, see :func:`trained_on`."""
-    return bool(trained_on(content, policy))
 
 
 def trained_on(content: dict[str, Any], policy: str) -> list[dict[str, Any]]:
@@ -247,25 +234,18 @@ def missing_images(content: dict[str, Any], image_root: str) -> list[str]:
     return missing
 
 
-def inspect_images(content: dict[str, Any], image_root: str, *, threads: int = 4) -> Report:
-    """The full part: decode every image.
+def inspect_images(content: dict[str, Any], image_root: str) -> Report:
+    """The full part: decode every image; a report with the images' problems only.
 
     Args:
         content: clean, see :func:`read_coco_json`.
         image_root: folder of the images.
-        threads: images read at a time.
-
-    Returns:
-        a report with the images' problems only.
     """
     report = Report(len(content["images"]), 0, 0, {})
-    with ThreadPool(threads) as pool:
-        found = pool.imap(lambda image: _look_at(image, image_root), content["images"])
-        for problems, is_rotated in tqdm(
-            found, total=len(content["images"]), desc="images", leave=False
-        ):
-            report.add(problems)
-            report.rotated += is_rotated
+    look = partial(_look_at, image_root=image_root)
+    for problems, is_rotated in map_files(look, content["images"], title="images"):
+        report.add(problems)
+        report.rotated += is_rotated
     return report
 
 

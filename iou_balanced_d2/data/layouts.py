@@ -27,32 +27,18 @@ _SPLIT_OF = {"train": "train", "val": "valid", "dev": "valid", "test": "test"}
 
 @dataclass(frozen=True)
 class Split:
-    """A split of a data set.
+    """A split of a data set."""
 
-    Attributes:
-        key: of the config, "COCO_JSON", "VOC_FOLDER" or "YOLO_FOLDER" of DATASETS.
-        place: what stands behind the name in the key's entry, paths absolute.
-        content: clean, see :func:`~iou_balanced_d2.data.coco_format.read_coco_json`.
-        image_root: what the images' file names are relative to.
-    """
-
-    key: str
-    place: list[str]
-    content: dict[str, Any]
-    image_root: str
+    key: str  # of the config, "COCO_JSON", "VOC_FOLDER" or "YOLO_FOLDER" of DATASETS
+    place: list[str]  # what stands behind the name in the key's entry, paths absolute
+    content: dict[str, Any]  # clean, see :func:`~iou_balanced_d2.data.coco_format.read_coco_json`
+    image_root: str  # what the images' file names are relative to
 
 
 def find_splits(folder: Path) -> dict[str, Split]:
-    """Recognise the layout of a data set and read its annotations.
+    """Recognise the layout of a data set and read its splits: "train", "valid" and "test".
 
-    Args:
-        folder: the data set's.
-
-    Returns:
-        the splits it has, of "train", "valid" and "test"; "train" is all of a set without splits.
-
-    Raises:
-        UserError: if the layout is not known, or a file can't be understood.
+    "train" is all of a set without splits.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; name the one that holds photos and annotations")
@@ -72,19 +58,7 @@ def find_splits(folder: Path) -> dict[str, Split]:
 def split_images(
     content: dict[str, Any], share: float, name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw a share of the images by a fixed seed.
-
-    Args:
-        content: clean.
-        share: of the images, above 0.
-        name: of the data set, for the error.
-
-    Returns:
-        content of the others, and of those drawn.
-
-    Raises:
-        UserError: if one would be without images.
-    """
+    """Draw a share of the images by a fixed seed: content of the others, and of those drawn."""
     ids = sorted(image["id"] for image in content["images"])
     drawn = set(random.Random(0).sample(ids, round(share * len(ids))))
     if not 0 < len(drawn) < len(ids):
@@ -146,7 +120,8 @@ def _voc(folder: Path) -> dict[str, Split]:
 
 def _coco(folder: Path) -> dict[str, Split]:
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for file in _files(folder, ".json"):
+    every_file = (path / name for path, names in _walk(folder) for name in sorted(names))
+    for file in (file for file in every_file if file.suffix.lower() == ".json"):
         content = load_json(str(file))
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
             split = _split_of(file.stem) or _split_of(file.parent.relative_to(folder).as_posix())
@@ -166,11 +141,6 @@ def _coco(folder: Path) -> dict[str, Split]:
         root = _image_root(folder, file, clean)
         splits[split] = Split("COCO_JSON", [str(file), root], clean, root)
     return splits
-
-
-def _files(folder: Path, suffix: str) -> Iterator[Path]:
-    for path, names in _walk(folder):
-        yield from (path / name for name in sorted(names) if name.lower().endswith(suffix))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:

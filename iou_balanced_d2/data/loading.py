@@ -26,19 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Load DATASETS.TRAIN without what can't be trained on.
+    """Load DATASETS.TRAIN, each dict with its "dataset_name", without what can't be trained on.
 
-    Args:
-        cfg: the full config.
-
-    Returns:
-        detectron2's dataset dicts, each with its "dataset_name" besides. Boxes of no area or
-        outside of their image are left out and counted in one log line a data set; so are VOC's
-        difficult objects, as DATASETS.VOC_DIFFICULT says, and then images without objects, as
-        DATALOADER.FILTER_EMPTY_ANNOTATIONS says.
-
-    Raises:
-        UserError: if nothing is left to train on.
+    Boxes of no area or outside of their image are left out and counted in one log line a data set;
+    so are VOC's difficult objects, as DATASETS.VOC_DIFFICULT says, and then images without objects,
+    as DATALOADER.FILTER_EMPTY_ANNOTATIONS says.
     """
     dicts = []
     for name in cfg.DATASETS.TRAIN:
@@ -56,18 +48,7 @@ def load_training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
 
 
 def drop_bad_boxes(dicts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Leave out boxes that no anchor can be matched to; the data set itself is not changed.
-
-    Args:
-        dicts: detectron2's dataset dicts of the data set ``name``.
-        name: for the log line that counts what was left out.
-
-    Returns:
-        dicts of the same images.
-
-    Raises:
-        UserError: if a record has no size.
-    """
+    """Leave out boxes that no anchor can be matched to; the data set itself is not changed."""
     kept, dropped = [], 0
     for i, d in enumerate(dicts):
         if missing := {"width", "height"} - d.keys():
@@ -93,15 +74,7 @@ def is_good_box(annotation: dict[str, Any], width: int, height: int) -> bool:
 
 
 def build_mapper(cfg: CfgNode, *, is_train: bool) -> DatasetMapper:
-    """detectron2's mapper, or one with the detector's own augmentations (DetectorInterface).
-
-    Args:
-        cfg: the full config.
-        is_train: whether for training, with annotations.
-
-    Returns:
-        the mapper of one image.
-    """
+    """detectron2's mapper, or one with the detector's own augmentations (DetectorInterface)."""
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     augmentations = interface_of(detector).build_augmentation(cfg, is_train)
     if augmentations is None:
@@ -113,14 +86,7 @@ class BoxMapper(DatasetMapper):
     """detectron2's mapper of images with boxes, whose augmentations see the boxes, too."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Map one dataset dict; crowds are not shown to the augmentations.
-
-        Args:
-            dataset_dict: in detectron2's form.
-
-        Returns:
-            the model's input.
-        """
+        """Map one dataset dict; crowds are not shown to the augmentations."""
         dataset_dict = copy.deepcopy(dataset_dict)
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         utils.check_image_size(dataset_dict, image)
@@ -144,27 +110,11 @@ class CheckedMapper:
     """A mapper whose errors name the image and its data set."""
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any], name: str = ""):
-        """Wrap a mapper.
-
-        Args:
-            mapper: what reads and transforms the images.
-            name: the data set, for dicts without "dataset_name".
-        """
         self.mapper = mapper
         self.name = name
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Map one dataset dict.
-
-        Args:
-            dataset_dict: in detectron2's form.
-
-        Returns:
-            the model's input.
-
-        Raises:
-            UserError: if the image is missing, broken, or not of the size annotated.
-        """
+        """Map one dataset dict; a UserError if the image is missing, broken, or of another size."""
         try:
             return self.mapper(dataset_dict)
         except Exception as error:  # PIL raises SyntaxError and others on broken files

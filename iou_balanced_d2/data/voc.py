@@ -50,17 +50,13 @@ _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*encoding=["']([\w.-]+)["'][^>]*\?>"
 
 @dataclass(frozen=True)
 class VocSource:
-    """Images of one or several VOC folders.
+    """Images of one or several VOC folders."""
 
-    Attributes:
-        path: the folder that the parts, and the images' file names, are relative to.
-        parts: (folder, split) each; "" for all images that have an annotation.
-        classes: the classes in their order; None for the sorted names found in all annotations of
-            the folders, whatever the split, so that all splits agree.
-    """
-
-    path: str
+    path: str  # the folder that the parts, and the images' file names, are relative to
+    # (folder, split) each; "" for all images that have an annotation.
     parts: tuple[tuple[str, str], ...]
+    # The classes in their order; None for the sorted names found in all annotations of the folders,
+    # whatever the split, so that all splits agree.
     classes: tuple[str, ...] | None
 
     @property
@@ -158,18 +154,7 @@ def _image_id(line: str, image_of: dict[str, str]) -> str:
 
 
 def parse_voc_xml(path: str, content: bytes) -> tuple[int, int, list[NamedObject]]:
-    """Parse one annotation file.
-
-    Args:
-        path: named in errors.
-        content: XML.
-
-    Returns:
-        the image's width, height and objects, with "difficult" (0 or 1) and "ignore" (0).
-
-    Raises:
-        UserError: if it is broken, or lacks the size or part of an object.
-    """
+    """The image's width, height and objects, with "difficult" (0 or 1) and "ignore" (0)."""
     root = parse_xml(path, content)
     width, height = (_number(root, f"size/{side}", path) for side in ("width", "height"))
     if width < 1 or height < 1:
@@ -292,11 +277,7 @@ def register_voc_folder(
 
 
 def register_voc(root: str) -> None:
-    """Register VOC 2007, VOC 2012 and the union of their trainval, each as ``..._coco``.
-
-    Args:
-        root: holds the folders VOC2007 and VOC2012.
-    """
+    """Register VOC 2007, VOC 2012 and the union of their trainval, each as ``..._coco``."""
     sets = {
         f"voc_{year}_{split}_coco": ((f"VOC{year}", split),)
         for year, splits in _SPLITS.items()

@@ -41,15 +41,10 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class YoloSource:
-    """One split of a data.yaml.
+    """One split of a data.yaml."""
 
-    Attributes:
-        path: of the data.yaml.
-        split: "train", "val" or "test".
-    """
-
-    path: str
-    split: str
+    path: str  # of the data.yaml
+    split: str  # "train", "val" or "test"
     metadata: ClassVar[dict[str, Any]] = {}  # nothing is known before the file is read
 
     @property
@@ -95,11 +90,7 @@ def register_yolo_folder(name: str, path: str, split: str) -> None:
 
 
 def read_data_yaml(path: str) -> dict[str, Any]:
-    """The content of a data.yaml.
-
-    Raises:
-        UserError: if it can't be read, or has no keys.
-    """
+    """The content of a data.yaml."""
     try:
         content = read_yaml(path)
     except OSError as error:
@@ -113,18 +104,7 @@ def read_data_yaml(path: str) -> dict[str, Any]:
 
 
 def class_names_of(content: dict[str, Any], path: str) -> list[str]:
-    """The classes of a data.yaml in their order.
-
-    Args:
-        content: of the file.
-        path: named in errors.
-
-    Returns:
-        ``names``, a list or a mapping of 0, 1, ... to names.
-
-    Raises:
-        UserError: if it is neither, or ``nc`` is another number.
-    """
+    """The classes in their order: ``names``, a list or a mapping of 0, 1, ... to names."""
     names = content.get("names")
     if isinstance(names, dict):
         numbers = {str(key): name for key, name in names.items()}
@@ -145,19 +125,7 @@ def _keypoint_numbers(content: dict[str, Any], path: str) -> int:
 
 
 def images_of(content: dict[str, Any], path: str, split: str) -> list[str]:
-    """The images of a split.
-
-    Args:
-        content: of the data.yaml.
-        path: the data.yaml.
-        split: "train", "val" or "test"; Roboflow's folder "valid" is "val".
-
-    Returns:
-        paths, sorted.
-
-    Raises:
-        UserError: if the split, its folder or its images are not there.
-    """
+    """The paths of a split's images, sorted; Roboflow's folder "valid" is "val"."""
     places = content.get(split)
     if not places:
         splits = [key for key in ("train", "val", "test") if content.get(key)]

@@ -40,11 +40,7 @@ class CommonError(UserError):
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Compare facts, by name, with those of all other processes; each process must call this.
-
-    Raises:
-        CommonError: naming the first process that differs from rank 0, and in what.
-    """
+    """Compare facts, by name, with those of all other processes; each process must call this."""
     gathered = comm.all_gather((socket.gethostname(), dict(facts)))
     base_host, base = gathered[0]
     for rank, (host, others) in enumerate(gathered):
@@ -61,14 +57,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
-    """Compare the training data of all processes; each process must call this.
-
-    Args:
-        dicts: detectron2's dataset dicts in their order; of paths only the files' names count.
-
-    Raises:
-        CommonError: if the images or their boxes differ anywhere.
-    """
+    """Compare the training data of all processes (of paths the names); each must call this."""
     if comm.get_world_size() == 1:
         return
     names, boxes = hashlib.sha256(), hashlib.sha256()
@@ -125,11 +114,7 @@ def _config_facts(cfg: CfgNode) -> dict[str, str]:
 
 
 class RunState:
-    """The config of a training as a checkpointable: a resumed one tells what differs.
-
-    Args:
-        cfg: the full config.
-    """
+    """The config of a training as a checkpointable: a resumed one tells what differs."""
 
     def __init__(self, cfg: CfgNode):
         self.facts = {**_config_facts(cfg), _PROCESSES: str(comm.get_world_size())}

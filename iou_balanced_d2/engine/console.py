@@ -49,21 +49,13 @@ class _ShortFormatter(logging.Formatter):
 
 
 def matters(record: logging.LogRecord) -> bool:
-    """Whether a record is shown on the console.
-
-    Args:
-        record: of any logger; "detectron2" itself is that of its ``default_setup``.
-    """
+    """Whether a record is shown; the logger "detectron2" itself is that of ``default_setup``."""
     in_log_only = record.name.startswith(_LOG_ONLY) or record.name == "detectron2"
     return record.levelno >= logging.WARNING or not in_log_only
 
 
 def setup_loggers(output_dir: str) -> None:
-    """Set up the loggers of this process; to be called before detectron2's ``default_setup``.
-
-    Args:
-        output_dir: folder of log.txt.
-    """
+    """Set up the loggers of this process; to be called before detectron2's ``default_setup``."""
     for name in ("iou_balanced_d2", "fvcore", None):
         # With default_setup's very arguments, so that it finds its loggers set up.
         given = {"name": name} if name else {}
@@ -80,12 +72,7 @@ def setup_loggers(output_dir: str) -> None:
 
 
 def describe_data(cfg: CfgNode, dicts: list[dict[str, Any]]) -> None:
-    """Log the training data and the schedule, a line each.
-
-    Args:
-        cfg: the full config.
-        dicts: detectron2's dataset dicts of the images that are trained on.
-    """
+    """Log the training data and the schedule, a line each."""
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     boxes = sum(len(d.get("annotations", ())) for d in dicts)
@@ -102,12 +89,7 @@ def describe_data(cfg: CfgNode, dicts: list[dict[str, Any]]) -> None:
 
 
 def describe_run(cfg: CfgNode, model: nn.Module) -> None:
-    """Log the model, the losses and where to look, a line each.
-
-    Args:
-        cfg: the full config.
-        model: the detector.
-    """
+    """Log the model, the losses and where to look, a line each."""
     counts = {x: sum(p.numel() for p in model.parameters() if p.requires_grad >= x) for x in (0, 1)}
     processes = f" in {n} processes" if (n := comm.get_world_size()) > 1 else ""
     logger.info(

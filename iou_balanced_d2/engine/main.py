@@ -112,11 +112,8 @@ def write_reports(cfg: CfgNode) -> None:
 def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
 
-    TEST.AUG.ENABLED adds test-time augmentation, MODEL.EMA.ENABLED the average of the weights.
-
-    Returns:
-        the results by data set, others under "tta" and "ema"; exits with code 1 if
-        TEST.EXPECTED_RESULTS are missed.
+    TEST.AUG.ENABLED adds test-time augmentation ("tta"), MODEL.EMA.ENABLED the average of the
+    weights ("ema"). Exits with code 1 if TEST.EXPECTED_RESULTS are missed.
     """
     model = Trainer.build_model(cfg)
     checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint, strict=True)

@@ -44,18 +44,7 @@ _HEAVY = (F.conv2d, F.conv_transpose2d, F.linear)
 def check_build(
     cfg: CfgNode, config_file: str, opts: Sequence[str], *, training: bool, world_size: int = 1
 ) -> None:
-    """Rehearse the run, and if that fails find the key whose value is the cause.
-
-    Args:
-        cfg: the full config.
-        config_file: where it is from.
-        opts: KEY VALUE pairs, likewise.
-        training: also rehearse what only a training needs.
-        world_size: the number of processes.
-
-    Raises:
-        UserError: naming the key, its value, the reason, and a value that works.
-    """
+    """Rehearse the run, and if that fails find the key whose value is the cause."""
     rehearsal = partial(rehearse, training=training, world_size=world_size)
     error = _error_of(rehearsal, cfg)
     if error is None:
@@ -95,14 +84,6 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
 
     Nothing is computed that takes long: see :class:`_Skeleton`. Random states stay as they are.
     Only dense detectors see the image, as others may need masks or more.
-
-    Args:
-        cfg: the full config.
-        training: also rehearse what only a training needs.
-        world_size: the number of processes.
-
-    Raises:
-        Exception: whatever the parts raise.
     """
     cfg = Trainer.auto_scale_workers(cfg, world_size).clone()
     cfg.defrost()

@@ -30,11 +30,7 @@ _PATIENCE = 30.0
 
 
 def check_output_dir(folder: str) -> None:
-    """Check that OUTPUT_DIR can be written and that no link leads out of it; makes the folder.
-
-    Raises:
-        UserError: naming the folder, or the link.
-    """
+    """Check that OUTPUT_DIR can be written and that no link leads out of it; makes the folder."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -59,11 +55,7 @@ def _written_into(root: Path) -> Iterator[Path]:
 
 
 def check_unused(folder: str) -> None:
-    """Check that there is no training in OUTPUT_DIR.
-
-    Raises:
-        UserError: naming what there is, and what to do.
-    """
+    """Check that there is no training in OUTPUT_DIR."""
     if used := _matching(folder, _CHECKPOINTS):
         more = ", ..." if len(used) > 3 else ""
         raise CommonError(
@@ -88,17 +80,7 @@ def one_training(folder: str, args: argparse.Namespace, weights: str) -> Iterato
     """Keep other trainings out of OUTPUT_DIR, until the context or the process ends.
 
     Each process of the run enters it; the main process holds a lock that also network disks know.
-
-    Args:
-        folder: OUTPUT_DIR.
-        args: of the command line, with what :func:`launch` adds.
-        weights: MODEL.WEIGHTS, which are not to be deleted.
-
-    Yields:
-        whether the training is to be resumed.
-
-    Raises:
-        CommonError: if another training writes there, or one has, without --resume or --overwrite.
+    Yields whether the training is to be resumed.
     """
     with contextlib.ExitStack() as held:
         yield from_main_process(lambda: _take(folder, args, weights, held))
@@ -158,11 +140,7 @@ def _lock(folder: str, descriptor: int, patience: float) -> None:
 
 
 def _delete(folder: str, weights: str) -> None:
-    """Remove what a training has left.
-
-    Raises:
-        CommonError: if MODEL.WEIGHTS is among it.
-    """
+    """Remove what a training has left, unless MODEL.WEIGHTS is among it."""
     paths = [os.path.join(folder, n) for p in (_CHECKPOINTS, _REST) for n in _matching(folder, p)]
     weights = weights.split("?")[0]
     if any(os.path.exists(weights) and os.path.samefile(p, weights) for p in paths):

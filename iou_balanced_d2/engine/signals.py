@@ -20,11 +20,9 @@ _training = mmap.mmap(-1, 1)
 
 
 class Stopped(BaseException):
-    """Ends the training loop. No Exception, so that nothing handles it as an error.
+    """Ends the training loop, of all processes ``together`` or of this one.
 
-    Args:
-        signum: the signal.
-        together: whether all processes stop here and so can wait for each other.
+    No Exception, so that nothing handles it as an error.
     """
 
     def __init__(self, signum: int, *, together: bool = False):
@@ -89,13 +87,7 @@ class StopSignals:
         raise Stopped(signum, together=together)
 
     def check(self) -> None:
-        """Stop between two steps, together with all other processes.
-
-        Several processes have shared their signals in the step (:attr:`agreed`).
-
-        Raises:
-            Stopped: in every process, if a signal has come.
-        """
+        """Stop between two steps, together with all others, which know each other's signals."""
         signum = self.received if comm.get_world_size() == 1 else self.agreed
         if signum is not None:
             self._stop(signum, together=True)

@@ -13,7 +13,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..data.voc import check_difficult_policy
 from ..errors import UserError
 from .detections import make_detections, read_ground_truth
 from .matching import evaluate_boxes, num_objects
@@ -57,7 +56,6 @@ class BoxEvaluator(COCOEvaluator):
         dataset_name: str,
         output_dir: str | None = None,
         *,
-        distributed: bool = True,
         difficult: str = "ignore",
         max_dets_per_image: int | None = None,
     ):
@@ -67,7 +65,6 @@ class BoxEvaluator(COCOEvaluator):
             dataset_name: a registered data set.
             output_dir: folder for ``coco_instances_results.json``; needed for data sets whose
                 metadata has no ``json_file``, as they are converted.
-            distributed: gather the detections of all processes.
             difficult: what becomes of objects with "difficult" set, see
                 :func:`~iou_balanced_d2.evaluation.detections.read_ground_truth`.
             max_dets_per_image: limit of detections an image; None is COCO's 100.
@@ -76,11 +73,9 @@ class BoxEvaluator(COCOEvaluator):
             UserError: if the policy for difficult objects is not known, or the data set's file is
                 broken.
         """
-        check_difficult_policy(difficult)
         super().__init__(
             dataset_name,
             tasks=("bbox",),
-            distributed=distributed,
             output_dir=output_dir,
             max_dets_per_image=max_dets_per_image,
             use_fast_impl=False,  # neither of detectron2's two is used
@@ -98,7 +93,7 @@ class BoxEvaluator(COCOEvaluator):
             "bbox" -> metrics of :func:`coco_metrics`, and "voc" -> those of :func:`voc_metrics`
             for VOC's data sets; on the main process, {} on others and without annotations.
         """
-        if not self._predictions and (comm.is_main_process() or not self._distributed):
+        if not self._predictions and comm.is_main_process():
             # Nothing found in no image is a result, too: detectron2 would return {}.
             self._predictions.append({"image_id": None, "instances": []})
         results: dict[str, dict[str, float]] = super().evaluate()
@@ -133,11 +128,7 @@ class BoxEvaluator(COCOEvaluator):
             self._logger.info("By VOC's rules:\n" + voc_table(self._results["voc"]))
 
     def _use_dataset_ids(self, results: list[dict[str, Any]]) -> None:
-        """Put the data set's category ids in the place of the model's class indices.
-
-        Raises:
-            UserError: if the model has classes that the data set lacks.
-        """
+        """Put the data set's category ids in the place of the model's class indices."""
         to_index = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if to_index is None:
             # Converted by detectron2: the ids are the indices.

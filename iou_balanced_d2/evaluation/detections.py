@@ -24,31 +24,18 @@ _FIELDS = {"image_id", "category_id", "bbox", "score"}
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The objects of a data set, sorted by class and image; of one group in the file's order.
+    """The objects of a data set, sorted by class and image; of one group in the file's order."""
 
-    Attributes:
-        boxes: (G, 4) float64.
-        box_areas: (G,) float64, width times height as the file has them.
-        areas: (G,) float64, of the object: by these it is small, medium or large.
-        group: (G,) int64, class * N + image, rising; rows of images and classes as below.
-        crowd: (G,) bool, COCO's crowds.
-        ignored: (G,) bool, crowds and objects marked "difficult": neither right nor missed.
-        images: N images of the file ("id", "file_name", ...), by id.
-        classes: K names, by category id.
-        image_rows: image id -> row of ``images``.
-        category_rows: category id -> row of ``classes``.
-    """
-
-    boxes: Array
-    box_areas: Array
-    areas: Array
-    group: Array
-    crowd: Array
-    ignored: Array
-    images: Sequence[dict[str, Any]]
-    classes: Sequence[str]
-    image_rows: dict[Any, int]
-    category_rows: dict[Any, int]
+    boxes: Array  #: (G, 4) float64
+    box_areas: Array  #: (G,) float64, width times height as the file has them
+    areas: Array  #: (G,) float64, of the object; by these it is small, medium or large
+    group: Array  #: (G,) int64, class * N + image, rising; rows of images and classes as below
+    crowd: Array  #: (G,) bool, COCO's crowds
+    ignored: Array  #: (G,) bool, crowds and objects marked "difficult", neither right nor missed
+    images: Sequence[dict[str, Any]]  #: N images of the file ("id", "file_name", ...), by id
+    classes: Sequence[str]  #: K names, by category id
+    image_rows: dict[Any, int]  #: image id -> row of ``images``
+    category_rows: dict[Any, int]  #: category id -> row of ``classes``
 
     @property
     def label(self) -> Array:
@@ -63,25 +50,16 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Detections:
-    """The detections on such a data set, at most 100 of each image and class.
+    """The detections on such a data set, at most 100 of each image and class."""
 
-    Attributes:
-        boxes: (D, 4) float64.
-        areas: (D,) float64, width times height as the file has them.
-        scores: (D,) float64.
-        group: (D,) int64 as in :class:`GroundTruth`, rising; within a group the best score first.
-        rank: (D,) int64, place within the group, from 0.
-        label: (D,) int64, row of the class.
-        image: (D,) int64, row of the image.
-    """
-
-    boxes: Array
-    areas: Array
-    scores: Array
+    boxes: Array  #: (D, 4) float64
+    areas: Array  #: (D,) float64, width times height as the file has them
+    scores: Array  #: (D,) float64
+    #: (D,) int64 as in :class:`GroundTruth`, rising; within a group the best score first.
     group: Array
-    rank: Array
-    label: Array
-    image: Array
+    rank: Array  #: (D,) int64, place within the group, from 0
+    label: Array  #: (D,) int64, row of the class
+    image: Array  #: (D,) int64, row of the image
 
     def __len__(self) -> int:
         return len(self.scores)

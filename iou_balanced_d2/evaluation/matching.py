@@ -8,15 +8,11 @@ Letters: T IoU thresholds, D detections, G objects, Q pairs. Boxes are XYXY.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .detections import Detections, GroundTruth
+from .detections import Array, Detections, GroundTruth
 from .metrics import IOU_THRESHOLDS
-
-Array = NDArray[Any]
 
 # COCO's, in pixels; an object or detection on a limit belongs to both ranges.
 AREA_RANGES = {
@@ -38,31 +34,20 @@ class Pairs:
 
     Preferred are objects that count to ignored ones, then the larger IoU, then the later object:
     COCO's order.
-
-    Attributes:
-        detection: (Q,) int64, rising.
-        gt: (Q,) int64, row of the object.
-        iou: (Q,) float64, above 0; with a crowd the intersection over the detection's area.
     """
 
-    detection: Array
-    gt: Array
-    iou: Array
+    detection: Array  #: (Q,) int64, rising
+    gt: Array  #: (Q,) int64, row of the object
+    iou: Array  #: (Q,) float64, above 0; with a crowd the intersection over the detection's area
 
 
 @dataclass(frozen=True)
 class BestIoU:
-    """The largest IoU of each detection with an object of its image and class.
+    """The largest IoU of each detection with an object of its image and class."""
 
-    Attributes:
-        iou: (D,) float64, 0 without any overlap.
-        gt: (D,) int64, that object; -1 for none.
-        ignored: (D,) bool, the overlap with an ignored object is larger: neither good nor bad.
-    """
-
-    iou: Array
-    gt: Array
-    ignored: Array
+    iou: Array  #: (D,) float64, 0 without any overlap
+    gt: Array  #: (D,) int64, that object; -1 for none
+    ignored: Array  #: (D,) bool, the overlap with an ignored object is larger; neither good nor bad
 
 
 def find_pairs(ground_truth: GroundTruth, detections: Detections) -> Pairs:

@@ -34,13 +34,18 @@ def coco_metrics(
         limits), ARs, ARm, ARl, and AP-<class> for each class.
     """
     overall = ap[..., 0]
-    metrics = {"AP": percent(overall)}
-    metrics |= {f"AP{t}": percent(overall[i]) for i, t in enumerate(IOU_PERCENT)}
+    metrics = ap_summary(overall)
     metrics |= {f"AP{a}": percent(ap[..., i]) for i, a in enumerate(AREAS, start=1)}
     metrics |= {f"AR{m}": percent(recall[..., 0, i]) for i, m in enumerate(max_dets)}
     metrics |= {f"AR{a}": percent(recall[..., i, -1]) for i, a in enumerate(AREAS, start=1)}
     metrics |= {f"AP-{name}": percent(overall[:, k]) for k, name in enumerate(class_names)}
     return metrics
+
+
+def ap_summary(aps: Array) -> dict[str, float]:
+    """AP (the mean) and AP50, ... AP95 in percent from (T, K); NaN without any object."""
+    of_thresholds = zip(IOU_PERCENT, aps, strict=True)
+    return {"AP": percent(aps)} | {f"AP{t}": percent(ap) for t, ap in of_thresholds}
 
 
 def percent(values: Array) -> float:

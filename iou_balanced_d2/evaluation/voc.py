@@ -10,30 +10,23 @@ Letters: T IoU thresholds, K classes, D detections and G objects of one class.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .detections import Detections, GroundTruth
+from .detections import Array, Detections, GroundTruth
 from .matching import find_pairs, num_objects
-from .metrics import IOU_PERCENT, IOU_THRESHOLDS
+from .metrics import IOU_THRESHOLDS, ap_summary
 
-Array = NDArray[Any]
 # By the devkit's expression: .3, .6 and .7 are a bit more than that, and 3 of 10 objects miss .3.
 _POINTS = np.arange(0.0, 1.1, 0.1)
 
 
 class VocAP(NamedTuple):
-    """AP between 0 and 1, (T, K) float64 each; NaN for classes without objects.
+    """AP between 0 and 1, (T, K) float64 each; NaN for classes without objects."""
 
-    Attributes:
-        eleven_point: mean of the precision at recall 0, .1, ... 1 (VOC 2007).
-        area: area under the precision's envelope (VOC 2010 and later).
-    """
-
-    eleven_point: Array
-    area: Array
+    eleven_point: Array  # mean of the precision at recall 0, .1, ... 1 (VOC 2007)
+    area: Array  # area under the precision's envelope (VOC 2010 and later)
 
 
 def voc_average_precision(
@@ -76,10 +69,7 @@ def _claims(ground_truth: GroundTruth, detections: Detections) -> tuple[Array, A
 def _right(reached: Array, claimed: Array, ignored: Array) -> Array:
     """Whether each detection that counts is right (bool), without those on ignored objects.
 
-    Args:
-        reached: (D,) bool, whether the IoU with the claimed object reaches the threshold.
-        claimed: (D,) rows of objects.
-        ignored: (G,) bool.
+    (D,) are whether the IoU with the claimed object reaches the threshold, and its row.
     """
     left_out = reached & ignored[claimed]
     valid = np.flatnonzero(reached & ~left_out)
@@ -101,23 +91,15 @@ def _ap(right: Array, num_objects: int) -> tuple[float, float]:
 
 
 def voc_metrics(ap: VocAP, class_names: Sequence[str]) -> dict[str, float]:
-    """VOC's AP by name, in percent.
+    """VOC's AP by name, in percent, of AP at the thresholds .50 to .95.
 
-    Args:
-        ap: at the thresholds .50 to .95.
-        class_names: K names.
-
-    Returns:
-        for "11pt" and "area": AP_11pt (mean over thresholds and classes), AP50_11pt, ...
-        AP95_11pt (mean over classes), and AP50_11pt-<class>.
+    For "11pt" and "area": AP_11pt (mean over thresholds and classes), AP50_11pt, ... AP95_11pt
+    (mean over classes), and AP50_11pt-<class>.
     """
     metrics: dict[str, float] = {}
     kinds = {"11pt": ap.eleven_point, "area": ap.area}
     for kind, values in kinds.items():
-        defined = 100 * values[:, ~np.isnan(values[0])]
-        means = defined.mean(axis=1) if defined.size else np.full(len(values), np.nan)
-        metrics[f"AP_{kind}"] = float(means.mean())
-        metrics |= {f"AP{t}_{kind}": float(m) for t, m in zip(IOU_PERCENT, means, strict=True)}
+        metrics |= {f"{name}_{kind}": value for name, value in ap_summary(values).items()}
     for kind, values in kinds.items():
         each = zip(class_names, values[0], strict=True)
         metrics |= {f"AP50_{kind}-{name}": float(100 * x) for name, x in each}

@@ -1,6 +1,7 @@
 """A protocol carried out: complete runs are skipped, those cut off go on, several run at once."""
 
 import contextlib
+import json
 import os
 import subprocess
 import threading
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 
+from ..data import prepare_dataset, register_datasets_of
+from ..data.coco_format import read_coco_json
+from ..data.layouts import split_images
+from ..engine import load_config
 from ..errors import UserError
+from ..files import write_text
 from .evidence import read_record, record_file, write_record
-from .held_out import hold_out
 from .protocol import Protocol, Settings, references
 from .runs import Run, num_cores
 
@@ -26,21 +32,15 @@ _ONE_RECORD_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Experiment:
-    """The runs of a protocol below one folder.
+    """The runs of a protocol below one folder."""
 
-    Attributes:
-        protocol: what to run.
-        output: folder of ``<data set>/<variant>/seed<n>``.
-        at_once: how many runs at the same time.
-        records: folder for the record of each complete run; None writes none. Of several data sets
-            a run with a record is done, also where its folder is gone.
-        train: what Python is started with for a run.
-    """
-
-    protocol: Protocol
-    output: Path
-    at_once: int
+    protocol: Protocol  #: what to run
+    output: Path  #: folder of ``<data set>/<variant>/seed<n>``
+    at_once: int  #: how many runs at the same time
+    #: Folder for the record of each complete run; None writes none. Of several data sets a run with
+    #: a record is done, also where its folder is gone.
     records: Path | None = None
+    #: What Python is started with for a run.
     train: Sequence[str] = ("-m", "iou_balanced_d2", "train")
 
     def carry_out(self) -> dict[str, dict[str, list[Run]]]:
@@ -182,3 +182,35 @@ def how_many_at_once(memory_gib: float) -> int:
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     cores = num_cores() // _CORES_PER_RUN
     return max(1, min(int(free / 2**30 / memory_gib), cores))
+
+
+def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Settings:
+    """Settings to train on one part of DATASETS.TRAIN's images and test on another, fixed one.
+
+    The two COCO JSON files of each training set are written into the folder.
+    """
+    # Values as they would be written on a command line.
+    pairs = [(key, v if isinstance(v, str) else repr(v)) for key, v in settings.items()]
+    cfg = load_config(str(config), [x for pair in pairs for x in pair])
+    register_datasets_of(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [list(entry) for entry in cfg.DATASETS.COCO_JSON]
+    parts: dict[str, list[str]] = {"rest": [], "held_out": []}
+    for name in cfg.DATASETS.TRAIN:
+        prepare_dataset(name)
+        metadata = MetadataCatalog.get(name)
+        json_file = metadata.get("json_file")
+        if json_file is None:
+            raise UserError(f"data set {name!r} has no COCO JSON file that a part can be taken of")
+        content = read_coco_json(json_file)
+        rest, held_out = split_images(content, share, name)
+        for part, subset in (("held_out", held_out), ("rest", rest)):
+            path = folder / f"{name}-{part}.json"
+            write_text(path, json.dumps(subset))
+            entries.append([f"{name}-{part}", str(path), metadata.image_root])
+            parts[part].append(f"{name}-{part}")
+    return settings | {
+        "DATASETS.COCO_JSON": entries,
+        "DATASETS.TRAIN": parts["rest"],
+        "DATASETS.TEST": parts["held_out"],
+    }

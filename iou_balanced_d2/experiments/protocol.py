@@ -40,21 +40,16 @@ Settings = dict[str, Any]  # config key -> value
 
 @dataclass
 class Protocol:
-    """What is run; see the module's docstring, whose keys the attributes are.
+    """What is run; see the module's docstring, whose keys the attributes are."""
 
-    Attributes:
-        name: the file's name.
-        memory_gib: what one run takes, on the GPU or of the machine.
-        held_out: the share of the training images to judge by; 0 judges on DATASETS.TEST.
-    """
-
-    name: str
+    name: str  #: the file's name
     description: str
     config: Path
     data_sets: dict[str, dict[str, Any]]
     variants: dict[str, dict[str, Any]]
     seeds: list[int]
-    memory_gib: float
+    memory_gib: float  #: what one run takes, on the GPU or of the machine
+    #: The share of the training images to judge by; 0 judges on DATASETS.TEST.
     held_out: float = 0.0
     fewer_seeds: dict[str, int] = field(default_factory=dict)
 

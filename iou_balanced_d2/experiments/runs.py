@@ -30,19 +30,12 @@ from .protocol import Settings
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        name: "data set/variant/seed".
-        folder: its OUTPUT_DIR.
-        config: detectron2 config file to start from.
-        settings: config keys and values that differ from it.
-    """
-
-    name: str
-    folder: Path
-    config: Path
-    settings: Settings
+    name: str  #: "data set/variant/seed"
+    folder: Path  #: its OUTPUT_DIR
+    config: Path  #: detectron2 config file to start from
+    settings: Settings  #: config keys and values that differ from it
 
     @property
     def config_file(self) -> Path:

@@ -4,10 +4,9 @@ Source of the equations: Wu, Yang, Wang, Li, "IoU-balanced Loss Functions for Si
 Object Detection", arXiv 1908.05641.
 """
 
-from .cross_entropy import iou_balanced_cross_entropy
+from .balanced import iou_balanced_cross_entropy, iou_balanced_smooth_l1_loss
 from .focal import iou_balanced_sigmoid_focal_loss, sigmoid_focal_loss
 from .options import LossOptions
-from .smooth_l1 import iou_balanced_smooth_l1_loss
 from .soft_targets import quality_focal_loss, varifocal_loss
 from .weights import iou_balanced_cls_weights, iou_balanced_loc_weights, measure_w_loc
 

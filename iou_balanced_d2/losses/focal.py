@@ -31,29 +31,18 @@ logger = logging.getLogger(__name__)
 
 
 class FocalTargets(NamedTuple):
-    """Where the logits (M, K) of one level are not plain background.
+    """Where the logits (M, K) of one level are not plain background."""
 
-    Attributes:
-        rows: (P,) int64, row of each positive.
-        classes: (P,) int64, its class in [0, K).
-        ignored: (I,) int64, rows that take no part in the loss.
-    """
-
-    rows: Tensor
-    classes: Tensor
-    ignored: Tensor
+    rows: Tensor  # (P,) int64, row of each positive
+    classes: Tensor  # (P,) int64, its class in [0, K)
+    ignored: Tensor  # (I,) int64, rows that take no part in the loss
 
 
 class OwnTerms(NamedTuple):
-    """The terms of the positives' own entries, each at its row and class. Both are constants.
+    """The terms of the positives' own entries, each at its row and class. Both are constants."""
 
-    Attributes:
-        loss: (P,) float.
-        grad: (P,) float, derivative of each term with respect to its logit.
-    """
-
-    loss: Tensor
-    grad: Tensor
+    loss: Tensor  # (P,) float
+    grad: Tensor  # (P,) float, derivative of each term with respect to its logit
 
     def times(self, weights: Tensor) -> "OwnTerms":
         """The terms times weights (P,)."""
@@ -218,15 +207,11 @@ class DenseLoss(NamedTuple):
 
     Of a positive only the entry of its own class differs; its other K - 1 entries are negatives, as
     in the author's code.
-
-    Attributes:
-        factor: of the negatives' terms, factor * p^gamma * CE(p, 0).
-        gamma: focusing power >= 0 of the negatives' terms.
-        terms_of: (P,) own logits, float32 or float64, and (P,) IoU to the :class:`OwnTerms`.
     """
 
-    factor: float
-    gamma: float
+    factor: float  # of the negatives' terms, factor * p^gamma * CE(p, 0)
+    gamma: float  # focusing power >= 0 of the negatives' terms
+    # (P,) own logits, float32 or float64, and (P,) IoU to the :class:`OwnTerms`.
     terms_of: Callable[[Tensor, Tensor], OwnTerms]
 
     @torch.no_grad()
@@ -235,13 +220,8 @@ class DenseLoss(NamedTuple):
     ) -> OwnTerms:
         """The terms of the positives of all levels; their loss is CE_i of eq. 2.
 
-        Args:
-            logits: L tensors (M, K) float of any precision.
-            targets: L targets of these logits.
-            iou: (P,) float, IoU of the positives' decoded boxes, in the order of their rows.
-
-        Returns:
-            the terms, float32 (float64 for float64 logits).
+        Logits are L tensors (M, K) of any precision, the IoU (P,) is in the order of the rows; the
+        terms are float32 (float64 for float64 logits).
         """
         pairs = zip(logits, targets, strict=True)
         x = torch.cat([level[target.rows, target.classes] for level, target in pairs])
@@ -251,16 +231,7 @@ class DenseLoss(NamedTuple):
     def sum(
         self, logits: Sequence[Tensor], targets: Sequence[FocalTargets], own: OwnTerms
     ) -> Tensor:
-        """The loss, eq. 1 if the own terms are weighted by eq. 2.
-
-        Args:
-            logits: L tensors (M, K) float of any precision; the arithmetic is float32 (or float64).
-            targets: L targets of these logits.
-            own: terms of the positives of all levels.
-
-        Returns:
-            Scalar sum, float32 (float64 for float64 logits).
-        """
+        """The loss, a scalar, float32 or float64; eq. 1 if the own terms are weighted by eq. 2."""
         sizes = [len(target.rows) for target in targets]
         own_of_levels = map(OwnTerms, own.loss.split(sizes), own.grad.split(sizes))
         levels = zip(logits, targets, own_of_levels, strict=True)
@@ -270,12 +241,7 @@ class DenseLoss(NamedTuple):
 
 
 def focal_loss(alpha: float, gamma: float) -> DenseLoss:
-    """The sigmoid focal loss (:paper:`RetinaNet`).
-
-    Args:
-        alpha: weight of the positives; 1 - alpha of the negatives. Below 0 both weigh 1.
-        gamma: focusing power >= 0.
-    """
+    """The sigmoid focal loss (:paper:`RetinaNet`), see :func:`sigmoid_focal_loss`."""
     positive, negative = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
     terms_of = functools.partial(_mirrored_focal_terms, factor=positive, gamma=gamma)
     return DenseLoss(negative, gamma, terms_of)

@@ -90,18 +90,10 @@ def _row_class(logits: Tensor, rows: Tensor, classes: Tensor, ignored: Tensor) -
 def background_sum(
     logits: Tensor, rows: Tensor, classes: Tensor, ignored: Tensor, factor: float, gamma: float
 ) -> Tensor:
-    """Sum of the background terms, deterministic; see :class:`.focal.DenseLoss`.
+    """Sum of the background terms, scalar float64, deterministic; see :class:`.focal.DenseLoss`.
 
-    Args:
-        logits: (M, K) contiguous, float32, float16 or bfloat16.
-        rows: (P,) int64, row of each positive.
-        classes: (P,) int64, its class.
-        ignored: (I,) int64, rows that take no part.
-        factor: of the terms.
-        gamma: focusing power.
-
-    Returns:
-        Scalar float64.
+    Logits are (M, K) contiguous, float32, float16 or bfloat16; the rest is a
+    :class:`.focal.FocalTargets`.
     """
     row_class = _row_class(logits, rows, classes, ignored)
     size = logits.numel()

@@ -77,10 +77,6 @@ class LossOptions:
 
 
 def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
-    """Check a value that is one of a few words.
-
-    Raises:
-        ValueError: naming the key and the choices.
-    """
+    """Raise ValueError, which names key and choices, unless a value is one of these words."""
     if value not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")

@@ -39,16 +39,9 @@ def _powered(iou: Tensor, name: str, power: float) -> Tensor:
 def plain_and_balanced_sums(
     iou: Tensor, loss: Tensor, *, power: float, group: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two sums of eq. 2, 4 and 5: sum(loss) and sum(iou^power * loss).
+    """The two sums of eq. 2, 4 and 5 over (P,): sum(loss) and sum(iou^power * loss).
 
-    Args:
-        iou: (P,) float.
-        loss: (P,) float.
-        power: eta or lambda, >= 0.
-        group: (P,) int64 >= 0 or None, which is one group.
-
-    Returns:
-        the two sums, scalars, or (G,) for G groups.
+    They are scalars, or (G,) for G groups, ``group`` being (P,) int64 >= 0.
     """
     _check_rows(iou=iou, loss=loss, **({} if group is None else {"group": group}))
     iou, loss = at_least_float32(iou), at_least_float32(loss)

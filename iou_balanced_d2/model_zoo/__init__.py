@@ -22,7 +22,6 @@ from ..projects import import_projects
 
 __all__ = [
     "get",
-    "get_checkpoint_url",
     "get_config",
     "get_config_file",
     "get_detectron2_config",
@@ -32,10 +31,6 @@ _PACKAGE = Path(__file__).resolve().parent
 # A wheel has the configs inside this package, a checkout at its top (see setup.py); in both a
 # project's are in projects/<Name>/configs.
 _ROOTS = (_PACKAGE, _PACKAGE.parent.parent)
-
-# Config without its ending -> URL of the model trained with it. None is published so far; the
-# models to fine-tune from are in detectron2's zoo.
-_URLS: dict[str, str] = {}
 
 
 def get_config_file(config_path: str) -> str:
@@ -63,51 +58,20 @@ def get_config_file(config_path: str) -> str:
     raise RuntimeError(f"{config_path} not available in the model zoo")
 
 
-def get_checkpoint_url(config_path: str) -> str:
-    """URL of the model trained with a config.
-
-    Args:
-        config_path: as in :func:`get_config_file`.
-
-    Returns:
-        the URL.
-
-    Raises:
-        RuntimeError: if there is no such config, or no published model of it.
-    """
-    get_config_file(config_path)
-    url = _URLS.get(config_path.removesuffix(".yaml").removesuffix(".py"))
-    if url is None:
-        raise RuntimeError(
-            f"Pretrained model for {config_path} is not available! Train it by train_net.py, or "
-            "take trained=False, which starts from the config's own weights"
-        )
-    return url
-
-
-def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
+def get_config(config_path: str) -> CfgNode | DictConfig:
     """The config of a model, with the project's keys and defaults.
 
     Args:
         config_path: as in :func:`get_config_file`.
-        trained: take the weights trained with this config instead of those it starts from.
 
     Returns:
         a CfgNode for a .yaml file, a DictConfig for a .py file.
 
     Raises:
-        RuntimeError: if there is no such config, or no trained model of it.
+        RuntimeError: if there is no such config.
     """
-    config_file = get_config_file(config_path)
-    if config_file.endswith(".py"):
-        lazy = LazyConfig.load(config_file)
-        if trained:
-            lazy.train.init_checkpoint = get_checkpoint_url(config_path)
-        return lazy
-    cfg = load_config(config_file)
-    if trained:
-        cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
-    return cfg
+    file = get_config_file(config_path)
+    return LazyConfig.load(file) if file.endswith(".py") else load_config(file)
 
 
 def get_detectron2_config(config_path: str) -> DictConfig:
@@ -131,21 +95,20 @@ def get_detectron2_config(config_path: str) -> DictConfig:
     return LazyConfig.load(str(path))
 
 
-def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+def get(config_path: str, device: str | None = None) -> nn.Module:
     """The model that a config describes, with its weights loaded.
 
     Args:
         config_path: as in :func:`get_config_file`.
-        trained: see :func:`get_config`.
         device: where the model is to be; None for the config's, or the CPU where there is no CUDA.
 
     Returns:
         the model, in training mode.
 
     Raises:
-        RuntimeError: if there is no such config, or no trained model of it.
+        RuntimeError: if there is no such config.
     """
-    cfg = get_config(config_path, trained)
+    cfg = get_config(config_path)
     if device is None and not torch.cuda.is_available():
         device = "cpu"
     if isinstance(cfg, CfgNode):

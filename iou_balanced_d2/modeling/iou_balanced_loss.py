@@ -166,7 +166,10 @@ class IoUBalancedLoss(nn.Module):
         own = self._own_terms(flat_logits, positives, iou)
         sums = self._sums(iou, own.loss, loc_loss.detach())
         if torch.is_grad_enabled():
-            sums = _mean_over_processes(self._measured_at_anchors(sums, anchor, gt))
+            if self.w_loc_measurement.measures_anchors():
+                measured, balanced = self.sums_at_anchors(anchor, gt)
+                sums = sums._replace(measured=measured, measured_balanced=balanced)
+            sums = _mean_over_processes(sums)
             self._update_state(sums)
             self._log(sums, num_images=len(gt_labels), num_pos=positives.num)
 
@@ -248,13 +251,6 @@ class IoUBalancedLoss(nn.Module):
         iou = self._regressed_iou(deltas, anchor, gt).double()
         loc_loss = self._loc_loss(deltas, anchor, gt).double()
         return plain_and_balanced_sums(iou, loc_loss, power=self.options.loc_lambda)
-
-    def _measured_at_anchors(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
-        """For the rule "anchors": w_loc is measured with the box loss at the anchors."""
-        if not self.w_loc_measurement.measures_anchors():
-            return sums
-        measured, measured_balanced = self.sums_at_anchors(anchor, gt)
-        return sums._replace(measured=measured, measured_balanced=measured_balanced)
 
     def _divisor(self, sums: _Sums) -> Tensor:
         return self.num_pos_ema if self.options.normalizer == "ema" else sums.num_pos.clamp(min=1)

@@ -10,17 +10,12 @@ from ..losses.focal import FocalTargets
 
 
 class Positives(NamedTuple):
-    """The P positives of a batch, ordered by level, then image, then anchor.
+    """The P positives of a batch, ordered by level, then image, then anchor."""
 
-    Attributes:
-        targets: L entries, the positives and ignored rows of each level's (N * R_l, K) logits.
-        image: (P,) int64, image of each positive.
-        blocks: L x N numbers of positives on the host, ``blocks[level][image]``.
-    """
-
+    #: L entries, the positives and ignored rows of each level's (N * R_l, K) logits.
     targets: list[FocalTargets]
-    image: Tensor
-    blocks: list[list[int]]
+    image: Tensor  #: (P,) int64, image of each positive
+    blocks: list[list[int]]  #: L x N numbers of positives on the host, ``blocks[level][image]``
 
     @property
     def num(self) -> int:

@@ -8,7 +8,6 @@ import copy
 import itertools
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,20 +34,13 @@ class DenseDetectorWithTTA(nn.Module):
     ``test_nms_thresh`` and keeps ``max_detections_per_image``.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        tta_mapper: Callable[[Input], list[Input]] | None = None,
-    ):
+    def __init__(self, cfg: CfgNode, model: nn.Module):
         """Wrap a detector.
 
         Args:
             cfg: the full config; TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP and INPUT.FORMAT are
                 read.
             model: the detector, wrapped in DDP or not; its weights are used, not copied.
-            tta_mapper: gives the versions of an image, each with its "transforms"; None takes
-                detectron2's DatasetMapperTTA.
 
         Raises:
             UserError: if the detector is of another kind.
@@ -64,7 +56,7 @@ class DenseDetectorWithTTA(nn.Module):
             )
         self.model = model
         self.input_format = cfg.INPUT.FORMAT
-        self.tta_mapper = tta_mapper or DatasetMapperTTA(cfg)
+        self.tta_mapper = DatasetMapperTTA(cfg)
 
     def forward(self, batched_inputs: list[Input]) -> list[dict[str, Instances]]:
         """Detect in each image.

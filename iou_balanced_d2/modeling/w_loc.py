@@ -32,14 +32,11 @@ class WLocMeasurement(nn.Module):
     w_loc is sum(loss) / sum(iou^lambda * loss) over the positives of LOC_WEIGHT_STEPS steps, or of
     each step anew ("running"). The buffers are training state, not weights: see
     :class:`IoUBalancedLoss`.
-
-    Attributes:
-        w_loc: float64 scalar; 0 until it is known.
-        sums: (5,) float64, over the steps measured so far: their number, the box loss,
-            iou^lambda * box loss, each step's own w_loc, and its square.
     """
 
-    w_loc: Tensor
+    w_loc: Tensor  #: float64 scalar; 0 until it is known
+    #: (5,) float64, over the steps measured so far – their number, the box loss, iou^lambda * box
+    #: loss, each step's own w_loc, and its square.
     sums: Tensor
 
     def __init__(self, options: LossOptions):

@@ -274,7 +274,7 @@ def shifted(bbox):
 
 def ap_of(name, detect=list):
     """AP, by our evaluator, of the data set's own boxes after ``detect``."""
-    evaluator = BoxEvaluator(name, distributed=False)
+    evaluator = BoxEvaluator(name)
     evaluator.reset()
     for d in DatasetCatalog.get(name):
         found = Instances((d["height"], d["width"]))

@@ -127,7 +127,7 @@ def test_nothing_found(tmp_path, dataset, outputs):
 
 
 def test_objects_on_images_without_detections_are_missed(dataset):
-    evaluator = BoxEvaluator(dataset, distributed=False)
+    evaluator = BoxEvaluator(dataset)
     outputs = [outputs_of(found(i)) for i in range(2)]
     assert run(evaluator, outputs)["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
 

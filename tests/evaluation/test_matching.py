@@ -8,8 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-from iou_balanced_d2.analysis.comparison.bootstrap import metric_names, metrics_of, resampled_ap
-from iou_balanced_d2.analysis.comparison.matches import matches_of
+from iou_balanced_d2.analysis.comparison.bootstrap import (
+    matches_of,
+    metric_names,
+    metrics_of,
+    resampled_ap,
+)
 from iou_balanced_d2.evaluation.matching import (
     RIGHT,
     WRONG,

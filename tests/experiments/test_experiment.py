@@ -18,8 +18,7 @@ import yaml
 from iou_balanced_d2.commands import reproduce as reproduce_command
 from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.errors import UserError
-from iou_balanced_d2.experiments.experiment import Experiment
-from iou_balanced_d2.experiments.held_out import hold_out
+from iou_balanced_d2.experiments.experiment import Experiment, hold_out
 from iou_balanced_d2.experiments.protocol import Protocol, protocol_of_config
 
 from ..analysis.drawn import draw_truth

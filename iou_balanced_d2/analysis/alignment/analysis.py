@@ -1,12 +1,13 @@
 """Does the score know how good the box is? The analysis of one data set's detections."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...evaluation.detections import Detections, GroundTruth
+from ...evaluation.detections import Array, Detections, GroundTruth
 from ...evaluation.matching import (
     IGNORED,
     RIGHT,
@@ -18,9 +19,8 @@ from ...evaluation.matching import (
     match,
     num_objects,
 )
-from ...evaluation.metrics import IOU_PERCENT
+from ...evaluation.metrics import IOU_PERCENT, ap_summary
 from .measures import (
-    ap_summary,
     calibration,
     correlations,
     density,
@@ -29,30 +29,22 @@ from .measures import (
     perfectly_placed,
 )
 from .thresholds import best_thresholds, confusion_matrix
-from .verdict import verdict
 
-Array = NDArray[Any]
 CALIBRATED_AT = (50, 75, 90)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What was found, and what pictures of it need.
+    """What was found, and what pictures of it need."""
 
-    Attributes:
-        detections: the detections.
-        best: the object each of them overlaps most.
-        outranked: of :func:`outranked_objects`.
-        results: the numbers as they go to alignment.json, arrays as NumPy's: "num_images",
-            "num_objects", "num_detections"; "ap" and the "ceilings" "perfect_ranking" and
-            "perfect_placing" (AP, AP50, ... AP95 in percent); "correlation"; "outranked";
-            "iou_bins"; "density"; "calibration" by IoU threshold; "classes", by name some of these
-            and the "best_threshold"; "confusion" at these thresholds; "verdict", in words.
-    """
-
-    detections: Detections
-    best: BestIoU
-    outranked: dict[str, Array]
+    detections: Detections  #: the detections
+    best: BestIoU  #: the object each of them overlaps most
+    outranked: dict[str, Array]  #: of :func:`outranked_objects`
+    #: The numbers as they go to alignment.json, arrays as NumPy's – "num_images", "num_objects",
+    #: "num_detections"; "ap" and the "ceilings" "perfect_ranking" and "perfect_placing" (AP, AP50,
+    #: ... AP95 in percent); "correlation"; "outranked"; "iou_bins"; "density"; "calibration" by IoU
+    #: threshold; "classes", by name some of these and the "best_threshold"; "confusion" at these
+    #: thresholds; "verdict", in words.
     results: dict[str, Any]
 
 
@@ -145,3 +137,40 @@ def _by_class(
             "correlation": correlations(detections.scores[rows][chosen], iou[rows][chosen]),
         }
     return found
+
+
+# Fewer objects than this: another test set may well say something else.
+_FEW_OBJECTS = 100
+# AP points: less is not worth a training.
+_LITTLE = 1.0
+# A gap so many times the other one is worked on first.
+_CLEARLY = 2.0
+_SCORE = "the IoU-balanced classification loss (MODEL.IOU_BALANCED.CLS_ETA)"
+_BOX = "the IoU-balanced box loss (MODEL.IOU_BALANCED.LOC_LAMBDA)"
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """What there is to win for a detector, and what to try: one to three sentences."""
+    ap, objects = results["ap"]["AP"], results["num_objects"]
+    if math.isnan(ap):
+        return "There is no object to find, so nothing can be said."
+    ranking, placing = (
+        results["ceilings"][f"perfect_{kind}"]["AP"] - ap for kind in ("ranking", "placing")
+    )
+    text = f"AP is {ap:.0f}. "
+    text += f"Perfect ranking would win {ranking:.0f} AP, perfect placing {placing:.0f}: "
+    text += _advice(ranking, placing) + "."
+    if objects < _FEW_OBJECTS:
+        images = results["num_images"]
+        text += f" Few data: {objects} objects in {images} images. Others may say something else."
+    return text
+
+
+def _advice(ranking: float, placing: float) -> str:
+    if max(ranking, placing) < _LITTLE:
+        return "neither loss can win much with these detections"
+    if ranking > _CLEARLY * placing:
+        return f"try {_SCORE} first"
+    if placing > _CLEARLY * ranking:
+        return f"try {_BOX} first"
+    return f"try {_SCORE} together with {_BOX}"

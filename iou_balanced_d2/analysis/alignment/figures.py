@@ -1,20 +1,18 @@
 """The figures of the alignment report, for one or several detectors laid over each other."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.patheffects import withStroke
-from numpy.typing import NDArray
 
+from ...evaluation.detections import Array
 from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
 from ..plots import new_figure, save_figure, style
 from .measures import IOU_BINS
 
-Array = NDArray[Any]
 _EDGES = np.linspace(0, 1, IOU_BINS + 1)
 _CENTERS = (_EDGES[:-1] + _EDGES[1:]) / 2
 
@@ -22,13 +20,6 @@ _FEW = 10  # detections of a bin: its mean says little
 _PALE = f"pale: under {_FEW} detections"
 
 Results = Mapping[str, dict[str, Any]]
-
-
-@contextmanager
-def _single(file: Path, width: float = 7.0, height: float = 4.2) -> Iterator[Any]:
-    figure, axes = new_figure(width, height)
-    yield axes[0, 0]
-    save_figure(figure, file)
 
 
 def _plot_bins(ax: Any, x: Array, y: Array, count: Array, i: int, label: str) -> None:
@@ -40,29 +31,29 @@ def _plot_bins(ax: Any, x: Array, y: Array, count: Array, i: int, label: str) ->
 def draw_ap(results: Results, file: Path) -> Path:
     """AP over IoU thresholds, and the two ceilings above it."""
     dashes = {"perfect_ranking": "--", "perfect_placing": ":"}
-    with _single(file, 8.0) as ax:
-        for i, (name, result) in enumerate(results.items()):
-            values = [result["ap"][f"AP{t}"] for t in IOU_PERCENT]
-            ax.plot(IOU_THRESHOLDS, values, label=name, linewidth=2, **style(i))
-            for kind, ceiling in result["ceilings"].items():
-                values = [ceiling[f"AP{t}"] for t in IOU_PERCENT]
-                label = f"{name}, {kind.replace('_', ' ')}"
-                ax.plot(IOU_THRESHOLDS, values, dashes[kind], label=label, color=style(i)["color"])
-        ax.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, None), xticks=IOU_THRESHOLDS)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return file
+    figure, ((ax,),) = new_figure(8.0, 4.2)
+    for i, (name, result) in enumerate(results.items()):
+        values = [result["ap"][f"AP{t}"] for t in IOU_PERCENT]
+        ax.plot(IOU_THRESHOLDS, values, label=name, linewidth=2, **style(i))
+        for kind, ceiling in result["ceilings"].items():
+            values = [ceiling[f"AP{t}"] for t in IOU_PERCENT]
+            label = f"{name}, {kind.replace('_', ' ')}"
+            ax.plot(IOU_THRESHOLDS, values, dashes[kind], label=label, color=style(i)["color"])
+    ax.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, None), xticks=IOU_THRESHOLDS)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return save_figure(figure, file)
 
 
 def draw_score_by_iou(results: Results, file: Path) -> Path:
     """The paper's Fig. 2: mean score per bin of IoU."""
-    with _single(file) as ax:
-        for i, (name, result) in enumerate(results.items()):
-            bins = result["iou_bins"]
-            _plot_bins(ax, _CENTERS, bins["mean_score"], bins["count"], i, name)
-        ax.set(xlabel=f"IoU of the box (bins of .05; {_PALE})", ylabel="mean score")
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-        ax.legend(frameon=False)
-    return file
+    figure, ((ax,),) = new_figure(7.0, 4.2)
+    for i, (name, result) in enumerate(results.items()):
+        bins = result["iou_bins"]
+        _plot_bins(ax, _CENTERS, bins["mean_score"], bins["count"], i, name)
+    ax.set(xlabel=f"IoU of the box (bins of .05; {_PALE})", ylabel="mean score")
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.legend(frameon=False)
+    return save_figure(figure, file)
 
 
 def draw_share_by_iou(results: Results, file: Path) -> Path:

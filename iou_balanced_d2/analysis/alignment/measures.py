@@ -7,10 +7,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-from ...evaluation.detections import Detections, GroundTruth
+from ...evaluation.detections import Array, Detections, GroundTruth
 from ...evaluation.matching import (
     IGNORED,
     RIGHT,
@@ -18,9 +17,6 @@ from ...evaluation.matching import (
     Pairs,
     match,
 )
-from ...evaluation.metrics import IOU_PERCENT
-
-Array = NDArray[Any]
 
 IOU_BINS = 20
 SCORE_BINS = 10
@@ -36,14 +32,9 @@ def bins_of(values: Array, num_bins: int) -> Array:
 
 
 def iou_bins(iou: Array, scores: Array) -> dict[str, Array]:
-    """The paper's Figs. 2 and 3: detections by the IoU of their box.
+    """The paper's Figs. 2 and 3: detections by the best IoU (D,) of their box.
 
-    Args:
-        iou: (D,) best IoU of each detection.
-        scores: (D,).
-
-    Returns:
-        (20,) each: "count"; "share" of all detections; "mean_score", NaN in empty bins.
+    (20,) each: "count"; "share" of all detections; "mean_score", NaN in empty bins.
     """
     place = bins_of(iou, IOU_BINS)
     count = np.bincount(place, minlength=IOU_BINS)
@@ -62,16 +53,11 @@ def density(iou: Array, scores: Array) -> Array:
 
 
 def calibration(scores: Array, right: Array) -> dict[str, Any]:
-    """Reliability of the score as the probability to be right.
+    """Reliability of the score (D,) in [0, 1] as the probability to be right (D,) bool.
 
-    Args:
-        scores: (D,) in [0, 1].
-        right: (D,) bool.
-
-    Returns:
-        (10,) each: "count", "mean_score" and "share_right" by bins of the score, NaN in empty
-        bins; and "ece", the expected calibration error: their mean distance, weighted by the
-        count; NaN without detections.
+    (10,) each: "count", "mean_score" and "share_right" by bins of the score, NaN in empty bins; and
+    "ece", the expected calibration error: their mean distance, weighted by the count; NaN without
+    detections.
     """
     place = bins_of(scores, SCORE_BINS)
     count = np.bincount(place, minlength=SCORE_BINS)
@@ -86,11 +72,7 @@ def calibration(scores: Array, right: Array) -> dict[str, Any]:
 
 
 def correlations(x: Array, y: Array) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of two (D,) arrays.
-
-    Returns:
-        by name, with "count" D; NaN where one of the arrays is constant.
-    """
+    """Pearson's and Spearman's of two (D,) arrays, NaN if one is constant; "count" is D."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"count": len(x), "pearson": math.nan, "spearman": math.nan}
     pearson, spearman = stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]
@@ -102,42 +84,21 @@ def perfectly_placed(
 ) -> Array:
     """Outcome (1, D), at any IoU threshold, if each box was that of the object it is about.
 
-    In the order of scores each detection takes the best free object of its image and class with
-    an IoU of at least .1, and that object's box. What then is left over of detections that are
-    about an object is ignored: its box would be one of those taken, so NMS would remove it.
-
-    Args:
-        ground_truth: the objects.
-        detections: the detections.
-        pairs: of :func:`find_pairs`.
-        best: of :func:`best_iou`.
+    In the order of scores each detection takes the best free object of its image and class with an
+    IoU of at least .1, and that object's box. What then is left over of detections that are about
+    an object is ignored: its box would be one of those taken, so NMS would remove it.
     """
     outcome, _ = match(ground_truth, detections, pairs, thresholds=[MIN_IOU])
     outcome[:, (outcome[0] != RIGHT) & (best.iou >= MIN_IOU)] = IGNORED
     return outcome
 
 
-def ap_summary(aps: Array) -> dict[str, float]:
-    """AP (the mean) and AP50, ... AP95 in percent from (T, K); NaN without any object."""
-    defined = aps[:, ~np.isnan(aps[0])]
-    means = 100 * defined.mean(axis=1) if defined.size else np.full(len(aps), np.nan)
-    return {"AP": float(means.mean())} | {
-        f"AP{t}": float(m) for t, m in zip(IOU_PERCENT, means, strict=True)
-    }
-
-
 def outranked_objects(detections: Detections, best: BestIoU) -> dict[str, Array]:
     """Objects with a well-placed box (IoU .5 or more), and the box that the score prefers.
 
-    A detection is one of an object if that is the object it overlaps most, at IoU .3 or more.
-
-    Args:
-        detections: the detections.
-        best: of :func:`best_iou`.
-
-    Returns:
-        one entry an object: "gt" its row; "top" the row of its best-scored detection, "placed"
-        that of its best-placed one (the same where the score is right); int64 each.
+    A detection is one of an object if that is the object it overlaps most, at IoU .3 or more. One
+    entry an object: "gt" its row; "top" the row of its best-scored detection, "placed" that of its
+    best-placed one (the same where the score is right); int64 each.
     """
     about = np.flatnonzero((best.iou >= COMPETES) & ~best.ignored)
     gt, iou, score = best.gt[about], best.iou[about], detections.scores[about]

@@ -27,15 +27,10 @@ GT_COLOR, TOP_COLOR, PLACED_COLOR = "#FFFFFF", "#E69F00", "#56B4E9"
 
 @dataclass(frozen=True)
 class Case:
-    """One object and the detections to show on it.
+    """One object and the detections to show on it."""
 
-    Attributes:
-        gt: row of the object.
-        detections: rows of the detections, the best-scored one first; one or two.
-    """
-
-    gt: int
-    detections: Sequence[int]
+    gt: int  # row of the object
+    detections: Sequence[int]  # rows of the detections, the best-scored one first; one or two
 
 
 def misplaced_cases(alignment: Alignment, most: int) -> list[Case]:
@@ -63,17 +58,9 @@ def draw_cases(
     image_root: str,
     stem: Path,
 ) -> tuple[list[Path], list[str]]:
-    """Draw each case into a file of its own; an image that can't be read is logged, left out.
+    """Draw each case into a JPEG file, whose path begins with ``stem``, and write a caption for it.
 
-    Args:
-        ground_truth: the objects.
-        alignment: the analysis.
-        cases: what to draw.
-        image_root: folder of the images.
-        stem: folder and beginning of the files' names.
-
-    Returns:
-        the files (JPEG) and a caption for each.
+    An image that can't be read is logged and left out.
     """
     files, captions = [], []
     for number, case in enumerate(cases, start=1):

@@ -4,15 +4,11 @@ Letters: K classes, D detections, G objects.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...evaluation.detections import Detections, GroundTruth
+from ...evaluation.detections import Array, Detections, GroundTruth
 from ...evaluation.matching import IGNORED, RIGHT, WRONG, find_pairs, match, num_objects
-
-Array = NDArray[Any]
 
 IOU = 0.5  # at which a detection is right here
 
@@ -20,16 +16,10 @@ IOU = 0.5  # at which a detection is right here
 def best_thresholds(
     ground_truth: GroundTruth, detections: Detections, outcome: Array
 ) -> dict[str, Array]:
-    """The score threshold of each class with the largest F1.
+    """The score threshold of each class with the largest F1, by :func:`match` at one IoU (D,).
 
-    Args:
-        ground_truth: the objects.
-        detections: the detections.
-        outcome: (D,) of :func:`match` at one IoU threshold.
-
-    Returns:
-        (K,) each: "threshold", the lowest score that is kept; "precision", "recall" and "f1" of
-        what is kept. Of equal F1 the highest threshold counts; NaN where no detection is right.
+    (K,) each: "threshold", the lowest score that is kept; "precision", "recall" and "f1" of what is
+    kept. Of equal F1 the highest threshold counts; NaN where no detection is right.
     """
     found = np.full((4, len(ground_truth.classes)), np.nan)
     for k, number in enumerate(num_objects(ground_truth)):
@@ -59,21 +49,14 @@ def confusion_matrix(
     taken: Array,
     thresholds: Array,
 ) -> Array:
-    """Which class the objects are detected as, at a score threshold of each class.
+    """Which class the objects are detected as, at a score threshold (K,) of each class.
 
-    Detections of the object's own class come first, as in AP. Then those left over take, in the
-    order of their scores, the free object of another class with the largest IoU, if it reaches .5.
+    Detections of the object's own class come first, as in AP, by ``outcome`` and ``taken`` of
+    :func:`match` at an IoU of .5. Then those left over take, in the order of their scores, the free
+    object of another class with the largest IoU, if it reaches .5.
 
-    Args:
-        ground_truth: the objects; crowds and difficult ones are left out.
-        detections: the detections.
-        outcome: (D,) of :func:`match` at an IoU of .5.
-        taken: (D,) of the same, rows of objects.
-        thresholds: (K,) lowest score that is kept; NaN keeps none.
-
-    Returns:
-        (K + 1, K + 1) int64. Row: class of the object, the last one for detections on none;
-        column: class it is detected as, the last one for objects that are missed.
+    (K + 1, K + 1) int64. Row: class of the object, the last one for detections on none; column:
+    class it is detected as, the last one for objects that are missed.
     """
     num_classes = len(ground_truth.classes)
     kept = detections.scores >= thresholds[detections.label]

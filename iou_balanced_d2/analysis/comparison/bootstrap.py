@@ -1,50 +1,102 @@
-"""AP of images drawn with replacement, without matching anew.
+"""AP of images drawn with replacement: detections are matched with objects once, not anew.
 
 An image drawn m times counts m times: its detections and objects get the weight m in the running
-sums that precision and recall are made of. Letters as in ``matches``; B resamples, S runs,
-M metrics.
+sums that precision and recall are made of.
+
+Letters: N images, K classes, A ranges of area (all, small, medium, large), T IoU thresholds (.50 to
+.95), D detections and G objects of one class; B resamples, S runs, M metrics.
 """
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...evaluation.matching import RECALLS
+from ...evaluation.detections import Array, Detections, GroundTruth
+from ...evaluation.matching import (
+    AREA_RANGES,
+    IGNORED,
+    RECALLS,
+    RIGHT,
+    counted_objects,
+    find_pairs,
+    match,
+)
 from ...evaluation.metrics import AREAS, IOU_PERCENT
-from .matches import Matches
+from .statistics import mean
 
-Array = NDArray[Any]
 # Resamples that are computed together: few enough that the arrays of a class fit in the cache.
 _CHUNK = 64
 
 
-class APs(NamedTuple):
-    """AP between 0 and 1; NaN where no object was drawn.
+class Matches(NamedTuple):
+    """One class in one range of area: detections best score first, up to the last right one."""
 
-    Attributes:
-        thresholds: (B, K, T) by class and IoU threshold, float64.
-        sizes: (B, K, 3) of small, medium and large objects, mean over thresholds, float64.
+    images: Array  # (D,) int32, rows of images
+    hits: tuple[Array, ...]  # T arrays of rows of detections, rising: the right ones
+    skipped: tuple[Array, ...]  # T arrays, likewise: the ignored ones
+    objects: Array  # (G,) int32, rows of the images of the objects that count
+
+
+def matches_of(parts: Sequence[tuple[GroundTruth, Detections]]) -> list[list[Matches]]:
+    """Match by COCO's rules, [K][A], and rank the detections of all data sets together by score.
+
+    All have the same classes. The rows of a data set's images begin where those of the one before
+    end; equal scores are in the order of the data sets, then as COCO has them.
     """
+    first_rows = np.cumsum([0, *(len(truth.images) for truth, _ in parts)])
+    label = np.concatenate([d.label for _, d in parts])
+    order = np.lexsort((-np.concatenate([d.scores for _, d in parts]), label))
+    images = _shifted([d.image for _, d in parts], first_rows)[order]
+    pairs = [find_pairs(*part) for part in parts]
+    classes = range(len(parts[0][0].classes))
+    ends = np.searchsorted(label[order], classes, "right")
+    rows = [slice(*x) for x in zip([0, *ends[:-1]], ends, strict=True)]
+    by_area = []
+    for area in AREA_RANGES:
+        found = [match(*part, p, area=area)[0] for part, p in zip(parts, pairs, strict=True)]
+        outcome = np.concatenate(found, axis=1)[:, order]
+        counted = [counted_objects(truth, area) for truth, _ in parts]
+        at = [truth.image[c] for (truth, _), c in zip(parts, counted, strict=True)]
+        objects = _shifted(at, first_rows)
+        of = np.concatenate([t.label[c] for (t, _), c in zip(parts, counted, strict=True)])
+        by_area.append(
+            [ranked(images[rows[k]], outcome[:, rows[k]], objects[of == k]) for k in classes]
+        )
+    return [list(areas) for areas in zip(*by_area, strict=True)]
 
-    thresholds: Array
-    sizes: Array
+
+def ranked(images: Array, outcome: Array, objects: Array) -> Matches:
+    """What AP needs of one class: outcomes (T, D), best score first, and the images of objects."""
+    kept = ~(outcome == IGNORED).all(axis=0)
+    right, ignored = outcome[:, kept] == RIGHT, outcome[:, kept] == IGNORED
+    any_right = np.flatnonzero(right.any(axis=0))
+    # What ranks below the last right detection changes no precision that counts.
+    end = any_right[-1] + 1 if any_right.size else 0
+    return Matches(
+        images=images[kept][:end],
+        hits=tuple(np.flatnonzero(x) for x in right),
+        skipped=tuple(np.flatnonzero(x[:end]) for x in ignored),
+        objects=objects,
+    )
+
+
+def _shifted(rows: Sequence[Array], first_rows: Array) -> Array:
+    moved = [r + first for r, first in zip(rows, first_rows, strict=False)]
+    return np.concatenate(moved).astype(np.int32)
+
+
+class APs(NamedTuple):
+    """AP between 0 and 1; NaN where no object was drawn."""
+
+    thresholds: Array  # (B, K, T) by class and IoU threshold, float64
+    sizes: Array  # (B, K, 3) of small, medium and large objects, mean over thresholds, float64
 
 
 def draw_images(num_images: int, resamples: int, rng: np.random.Generator) -> Array:
-    """How often each image is drawn.
-
-    Args:
-        num_images: N.
-        resamples: B.
-        rng: source of randomness.
-
-    Returns:
-        (B, N) int32; each row sums to N.
-    """
+    """How often each image is drawn, (B, N) int32; each row sums to N."""
     rows = (
         np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
         for _ in range(resamples)
@@ -53,15 +105,7 @@ def draw_images(num_images: int, resamples: int, rng: np.random.Generator) -> Ar
 
 
 def weighted_ap(matches: Matches, weights: Array) -> Array:
-    """COCO's AP, 101 points of recall, with weighted images.
-
-    Args:
-        matches: of one class and range of area.
-        weights: (B, N) int32, how often each image counts.
-
-    Returns:
-        (B, T) float64 between 0 and 1; NaN where there is no object.
-    """
+    """COCO's AP (B, T), 101 points of recall, with images weighted (B, N); NaN without objects."""
     num_objects = weights.take(matches.objects, axis=1).sum(axis=1)
     weight = weights.take(matches.images, axis=1)
     counted = np.cumsum(weight, axis=1, dtype=np.int32)
@@ -81,10 +125,7 @@ def weighted_ap(matches: Matches, weights: Array) -> Array:
 def _area(right: Array, detected: Array, num_objects: Array) -> Array:
     """(B,) mean over the points of recall of the best precision at that recall or a higher one.
 
-    Args:
-        right: (B, H), weight of right detections down to each right one.
-        detected: (B, H), that of all detections that count.
-        num_objects: (B,).
+    (B, H) are the weights of right and of all detections that count, down to each right one.
     """
     precision = right / np.maximum(detected, 1)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
@@ -98,12 +139,7 @@ def _area(right: Array, detected: Array, num_objects: Array) -> Array:
 def resampled_ap(matches: Sequence[Sequence[Matches]], weights: Array) -> APs:
     """AP of each class, threshold and size for each resample, on all processors.
 
-    Args:
-        matches: [K][A] of one run.
-        weights: (B, N) int32, from :func:`draw_images`; a row of ones gives the plain AP.
-
-    Returns:
-        the AP.
+    The matches [K][A] are of one run; a row of ones in the weights (B, N) gives the plain AP.
     """
     shape = (len(weights), len(matches))
     result = APs(np.empty((*shape, len(IOU_PERCENT))), np.empty((*shape, len(AREAS))))
@@ -129,13 +165,5 @@ def metric_names(class_names: Sequence[str]) -> list[str]:
 def metrics_of(ap: APs) -> Array:
     """The metrics of :func:`metric_names`, (B, M) in percent; NaN where undefined."""
     by_class = ap.thresholds.mean(axis=2)
-    columns = [_mean(by_class)[:, None], _mean(ap.thresholds), _mean(ap.sizes), by_class]
-    return 100 * np.concatenate(columns, axis=1)
-
-
-def _mean(values: Array) -> Array:
-    """Mean over the classes (axis 1) that are defined; NaN where none is."""
-    defined = ~np.isnan(values)
-    total = np.where(defined, values, 0).sum(axis=1)
-    number = defined.sum(axis=1)
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    overall, *others = (mean(x, axis=1) for x in (by_class, ap.thresholds, ap.sizes))
+    return 100 * np.concatenate([overall[:, None], *others, by_class], axis=1)

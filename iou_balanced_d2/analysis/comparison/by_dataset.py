@@ -14,11 +14,13 @@ from urllib.parse import quote
 import numpy as np
 from tabulate import tabulate
 
+from ...data.coco_format import load_json
+from ...data.conversion import read_bytes
 from ...errors import UserError
 from ...files import make_folder, write_atomically, write_text
 from ..page import clean, markdown_text, plain
 from ..plots import style
-from .compare import compare_sides, content_of
+from .compare import compare_sides
 from .forest_plot import forest_plot
 from .meta_analysis import Effect, Estimate, Pooled, pool_effects, seeds_needed
 from .runs import load_run
@@ -35,18 +37,12 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Against:
-    """One variant against the first.
+    """One variant against the first."""
 
-    Attributes:
-        name: of the variant.
-        first: what it is compared with.
-        effects: metric -> effects of the k data sets; NaN where undefined.
-        pooled: metric -> the effect over the data sets; those where fewer than two tell one lack.
-    """
-
-    name: str
-    first: str
-    effects: dict[str, list[Effect]]
+    name: str  #: of the variant
+    first: str  #: what it is compared with
+    effects: dict[str, list[Effect]]  #: metric -> effects of the k data sets; NaN where undefined
+    #: Metric -> the effect over the data sets; those where fewer than two tell one lack.
     pooled: dict[str, Pooled] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,12 +233,7 @@ def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> lis
 
 
 def _read_record(path: str | Path) -> dict[str, Any]:
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from error
+    record: Any = load_json(str(path))
     kinds = {"dataset": str, "variant": str, "seed": int, "metrics": dict}
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
@@ -250,7 +241,7 @@ def _read_record(path: str | Path) -> dict[str, Any]:
     for metric in METRICS:
         if not isinstance(record["metrics"].get(metric, ""), int | float | None):  # "": missing
             raise UserError(f"{path}: not the record of a run: metric {metric} is no number")
-    return record
+    return dict(record)
 
 
 def _paired_effects(
@@ -315,7 +306,7 @@ def compare_runs_by_dataset(
     for name, paths in sides.items():
         for run in map(load_run, paths):
             # Now: converting another set of this name may replace the file.
-            contents = [content_of(annotations) for annotations in run.ground_truth.values()]
+            contents = [read_bytes(truth.path) for truth in run.ground_truth.values()]
             alike = known.setdefault(" + ".join(run.ground_truth), [])
             if contents not in alike:
                 alike.append(contents)

@@ -5,34 +5,24 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ...data.conversion import read_bytes
 from ...errors import UserError
-from ...evaluation.detections import GroundTruth, read_detections, read_ground_truth
-from .bootstrap import draw_images, metric_names, metrics_of, resampled_ap
-from .matches import Matches, matches_of
+from ...evaluation.detections import Array, GroundTruth, read_detections, read_ground_truth
+from .bootstrap import Matches, draw_images, matches_of, metric_names, metrics_of, resampled_ap
 from .runs import Annotations, Run, load_run
 from .statistics import Difference, SideValues, differences, spread_of_runs, verdict
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class SideResult:
-    """A side's metrics.
+    """A side's metrics."""
 
-    Attributes:
-        name: what reports call it.
-        runs: paths of its S runs.
-        values: (S, M) in percent; NaN where there is no object to find.
-    """
-
-    name: str
-    runs: tuple[str, ...]
-    values: Array
+    name: str  # what reports call it
+    runs: tuple[str, ...]  # paths of its S runs
+    values: Array  # (S, M) in percent; NaN where there is no object to find
 
     def mean(self) -> Array:
         """(M,) mean over runs."""
@@ -49,23 +39,14 @@ class SideResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sides, and the differences of all but the first from the first.
+    """Sides, and the differences of all but the first from the first."""
 
-    Attributes:
-        metrics: M names: AP, AP50 to AP95, APs, APm, APl, and AP-<class>.
-        sides: the results of each.
-        differences: side -> M differences; in the order of ``sides``.
-        datasets: data set -> its number of images.
-        resamples: how often images were drawn.
-        seed: of the drawing.
-    """
-
-    metrics: list[str]
-    sides: list[SideResult]
-    differences: dict[str, list[Difference]]
-    datasets: dict[str, int]
-    resamples: int
-    seed: int
+    metrics: list[str]  #: M names, AP, AP50 to AP95, APs, APm, APl, and AP-<class>
+    sides: list[SideResult]  #: the results of each
+    differences: dict[str, list[Difference]]  #: side -> M differences; in the order of ``sides``
+    datasets: dict[str, int]  #: data set -> its number of images
+    resamples: int  #: how often images were drawn
+    seed: int  #: of the drawing
 
     def verdicts(self) -> list[str]:
         """One sentence on AP for each side but the first."""
@@ -129,17 +110,7 @@ def compare_sides(
 
 
 def run_metrics(path: str | Path) -> dict[str, float]:
-    """The metrics of one run, of all its data sets together.
-
-    Args:
-        path: see :func:`load_run`.
-
-    Returns:
-        AP, AP50, ... and of each class by name, in percent; NaN where there is no object.
-
-    Raises:
-        UserError: if files are missing or broken.
-    """
+    """AP, AP50, ... and of each class by name, in percent, of all of a run's data sets together."""
     run = load_run(path)
     truths = _read_ground_truths(run.ground_truth)
     every_image = np.ones((1, sum(len(truth.images) for truth in truths.values())), np.int32)
@@ -149,11 +120,7 @@ def run_metrics(path: str | Path) -> dict[str, float]:
 
 
 def _check_different(runs: Sequence[Run]) -> None:
-    """Make sure that no run counts twice in a side, whatever its path is spelled like.
-
-    Raises:
-        UserError: naming the run and both spellings.
-    """
+    """Make sure that no run counts twice in a side, whatever its path is spelled like."""
     known: dict[str, str] = {}
     for run in runs:
         file = os.path.realpath(run.path)
@@ -163,11 +130,7 @@ def _check_different(runs: Sequence[Run]) -> None:
 
 
 def check_same_ground_truth(runs: Sequence[Run]) -> None:
-    """Make sure that all runs were evaluated on the same objects.
-
-    Raises:
-        UserError: naming the two runs and what differs.
-    """
+    """Make sure that all runs were evaluated on the same objects."""
     first = runs[0]
     for run in runs[1:]:
         both = f"{first.path} and {run.path}"
@@ -183,27 +146,15 @@ def check_same_ground_truth(runs: Sequence[Run]) -> None:
                     f"{both} treat difficult objects differently: VOC_DIFFICULT is "
                     f"{other.difficult!r} against {mine.difficult!r}"
                 )
-            if mine.path != other.path and content_of(mine) != content_of(other):
+            if mine.path != other.path and read_bytes(mine.path) != read_bytes(other.path):
                 raise UserError(
                     f"{both} have different ground truths of {name!r}: {other.path} against "
                     f"{mine.path}"
                 )
 
 
-def content_of(annotations: Annotations) -> bytes:
-    """The bytes of the annotations' file."""
-    try:
-        return Path(annotations.path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{annotations.path}: can't be read: {error.strerror}") from error
-
-
 def _read_ground_truths(ground_truth: Mapping[str, Annotations]) -> dict[str, GroundTruth]:
-    """The objects of each data set; classes must be the same for all.
-
-    Raises:
-        UserError: if they are not, or there is no image.
-    """
+    """The objects of each data set; classes must be the same for all."""
     truths: dict[str, GroundTruth] = {}
     for name, annotations in ground_truth.items():
         truths[name] = read_ground_truth(annotations.path, annotations.difficult)
@@ -218,15 +169,10 @@ def _read_ground_truths(ground_truth: Mapping[str, Annotations]) -> dict[str, Gr
 def _side_values(
     runs: Sequence[Run], truths: Mapping[str, GroundTruth], weights: Array
 ) -> SideValues:
-    plain, drawn = zip(*(_values(run, truths, weights) for run in runs), strict=True)
-    return SideValues(np.stack(plain), np.stack(drawn))
-
-
-def _values(run: Run, truths: Mapping[str, GroundTruth], weights: Array) -> tuple[Array, Array]:
-    """Metrics (M,) of a run as it is, and (B, M) of the images drawn."""
-    matches = _matches(run, truths)
-    ones = np.ones((1, weights.shape[1]), np.int32)
-    return metrics_of(resampled_ap(matches, ones))[0], metrics_of(resampled_ap(matches, weights))
+    # A first row of ones: the test set as it is.
+    drawn = np.concatenate([np.ones_like(weights[:1]), weights])
+    values = np.stack([metrics_of(resampled_ap(_matches(run, truths), drawn)) for run in runs])
+    return SideValues(values[:, 0], values[:, 1:])
 
 
 def _matches(run: Run, truths: Mapping[str, GroundTruth]) -> list[list[Matches]]:

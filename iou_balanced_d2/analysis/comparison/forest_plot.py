@@ -14,17 +14,7 @@ _SMALL = 7.5  # points; 10 inches are drawn about 900 pixels wide in a README
 def forest_plot(
     title: str, effects: Mapping[str, Sequence[Effect]], pooled: Mapping[str, Pooled], color: str
 ) -> Figure:
-    """Draw metrics side by side, data sets below one another.
-
-    Args:
-        title: above the figure.
-        effects: metric -> effects of the same data sets in the same order.
-        pooled: metric -> what they give together; may lack metrics.
-        color: of the detector that is compared, :func:`~iou_balanced_d2.analysis.plots.style`.
-
-    Returns:
-        the figure, on white.
-    """
+    """Draw metrics side by side, data sets below one another; ``pooled`` may lack metrics."""
     names = [label(e.name) for e in next(iter(effects.values()))]
     rows = [*names, "random effects", "fixed effect"]
     size = (10, 0.9 + 0.42 * len(rows))

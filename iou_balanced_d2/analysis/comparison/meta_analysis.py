@@ -7,36 +7,27 @@ freedom of that.
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from ...evaluation.detections import Array
 from .statistics import LEVEL, POWER
 
-Array = NDArray[Any]
 _MOST_RUNS = 10_000
 
 
 class Effect(NamedTuple):
-    """The difference of two variants on one data set, in percent points.
+    """The difference of two variants on one data set, in percent points."""
 
-    Attributes:
-        name: of the data set.
-        value: the difference.
-        standard_error: of ``value``.
-        freedom: degrees of freedom of ``standard_error``; infinite where it is known.
-        num_runs: of each variant.
-        of_images: the part of the squared standard error that more runs would leave.
-    """
-
-    name: str
-    value: float
-    standard_error: float
+    name: str  #: of the data set
+    value: float  #: the difference
+    standard_error: float  #: of ``value``
+    #: Degrees of freedom of ``standard_error``; infinite where it is known.
     freedom: float = math.inf
-    num_runs: int = 1
-    of_images: float = 0.0
+    num_runs: int = 1  #: of each variant
+    of_images: float = 0.0  #: the part of the squared standard error that more runs would leave
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval."""
@@ -44,46 +35,28 @@ class Effect(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """An effect pooled over data sets.
+    """An effect pooled over data sets."""
 
-    Attributes:
-        value: the effect.
-        standard_error: of ``value``.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p: two-sided.
-        detectable: the smallest true effect that is found with 80 % power at the 5 % level.
-    """
-
-    value: float
-    standard_error: float
-    low: float
-    high: float
-    p: float
-    detectable: float
+    value: float  #: the effect
+    standard_error: float  #: of ``value``
+    low: float  #: lower end of the 95 % interval
+    high: float  #: upper end
+    p: float  #: two-sided
+    detectable: float  #: the smallest true effect that is found with 80 % power at the 5 % level
 
 
 class Pooled(NamedTuple):
-    """Effects pooled.
+    """Effects pooled."""
 
-    Attributes:
-        fixed: the mean over these data sets.
-        random: the mean over all data sets that these are a sample of.
-        weights: (k,) of the data sets in ``random``; their sum is 1.
-        q: Cochran's Q, chi-squared with k - 1 degrees of freedom where there is one effect only.
-        q_p: its p.
-        i_squared: (Q - (k - 1)) / Q, at least 0: the share of the spread that is no noise.
-        tau: standard deviation of the true effects between data sets.
-        prediction: where 95 % of the true effects on other data sets are expected; NaN for k = 2.
-    """
-
-    fixed: Estimate
-    random: Estimate
-    weights: tuple[float, ...]
+    fixed: Estimate  #: the mean over these data sets
+    random: Estimate  #: the mean over all data sets that these are a sample of
+    weights: tuple[float, ...]  #: (k,) of the data sets in ``random``; their sum is 1
+    #: Cochran's Q, chi-squared with k - 1 degrees of freedom where there is one effect only.
     q: float
-    q_p: float
-    i_squared: float
-    tau: float
+    q_p: float  #: its p
+    i_squared: float  #: (Q - (k - 1)) / Q, at least 0; the share of the spread that is no noise
+    tau: float  #: standard deviation of the true effects between data sets
+    #: Where 95 % of the true effects on other data sets are expected; NaN for k = 2.
     prediction: tuple[float, float]
 
 

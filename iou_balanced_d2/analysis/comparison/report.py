@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ...errors import UserError
+from ...evaluation.metrics import IOU_PERCENT, IOU_THRESHOLDS
 from ...files import make_folder, write_text
 from ..page import Page, plain
-from ..plots import save_figure
+from ..plots import label, new_figure, save_figure, style
 from .compare import Comparison, SideResult
-from .figures import ap_over_iou
 from .statistics import Difference, format_number, format_p
 
 _DIFFERENCE_HEADERS = ("metric", "difference", "95 % interval", "p", "std. error", "detectable")
@@ -63,7 +65,12 @@ def _page(comparison: Comparison, folder: Path) -> Page:
         page.text("Descriptive: of many classes, one in twenty differs at p .05 by chance alone.")
         _add_differences(page, metrics, found, classes)
     page.heading("Trainings")
-    _add_runs(page, comparison)
+    runs = [
+        [side.name, path, format_number(values[0])]
+        for side in comparison.sides
+        for path, values in zip(side.runs, side.values, strict=True)
+    ]
+    page.table(("side", "run", "AP"), runs)
     for link in _alignment_reports(comparison, folder):
         page.link(*link)
     return page
@@ -127,15 +134,6 @@ def _add_differences(
     page.table(_DIFFERENCE_HEADERS, rows)
 
 
-def _add_runs(page: Page, comparison: Comparison) -> None:
-    rows = [
-        [side.name, path, format_number(values[0])]
-        for side in comparison.sides
-        for path, values in zip(side.runs, side.values, strict=True)
-    ]
-    page.table(("side", "run", "AP"), rows)
-
-
 def _alignment_reports(comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
     """The pages that ``train_net.py --eval-only`` wrote with TEST.ALIGNMENT_REPORT."""
     pages = [
@@ -184,3 +182,33 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         }
     )
     return content
+
+
+_THRESHOLDS = slice(1, 1 + len(IOU_PERCENT))  # of the metrics
+
+
+def ap_over_iou(comparison: Comparison) -> Figure:
+    """AP of each side over IoU thresholds, and beside it the differences with their intervals."""
+    figure, axes = new_figure(11, 4.2, columns=2)
+    left, right = axes[0]
+    for i, side in enumerate(comparison.sides):
+        left.plot(IOU_THRESHOLDS, side.mean()[_THRESHOLDS], label=label(side.name), **style(i))
+        for run in side.values if len(side.values) > 1 else ():
+            left.plot(IOU_THRESHOLDS, run[_THRESHOLDS], color=style(i)["color"], alpha=0.3, lw=0.8)
+    count = len(comparison.differences)
+    for i, (name, found) in enumerate(comparison.differences.items(), start=1):
+        part = found[_THRESHOLDS]
+        low = [d.value - d.low for d in part]
+        high = [d.high - d.value for d in part]
+        x = IOU_THRESHOLDS + 0.008 * (i - (count + 1) / 2)
+        y = [d.value for d in part]
+        right.errorbar(x, y, yerr=[low, high], label=label(name), capsize=3, **style(i))
+    right.axhline(0, color="black", lw=1)
+    left.set(title="AP over IoU", xlabel="IoU threshold", ylabel="AP (%)")
+    first = label(comparison.sides[0].name)
+    right.set(
+        title=f"Difference from {first}, 95 % interval", xlabel="IoU threshold", ylabel="AP points"
+    )
+    left.legend()
+    right.legend()
+    return figure

@@ -19,45 +19,26 @@ RESULTS = "coco_instances_results.json"
 
 @dataclass(frozen=True)
 class Annotations:
-    """Ground truth of one data set.
+    """Ground truth of one data set."""
 
-    Attributes:
-        path: a JSON file in COCO's instance format.
-        difficult: the policy for difficult objects, DATASETS.VOC_DIFFICULT.
-    """
-
-    path: str
-    difficult: str = "ignore"
+    path: str  # a JSON file in COCO's instance format
+    difficult: str = "ignore"  # the policy for difficult objects, DATASETS.VOC_DIFFICULT
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-        path: its directory, or its file of detections.
-        detections: data set -> file of detections.
-        ground_truth: data set -> ground truth.
-    """
-
-    path: str
-    detections: dict[str, str]
-    ground_truth: dict[str, Annotations]
+    path: str  # its directory, or its file of detections
+    detections: dict[str, str]  # data set -> file of detections
+    ground_truth: dict[str, Annotations]  # data set -> ground truth
 
 
 def load_run(path: str | Path, ground_truth: Mapping[str, str] | None = None) -> Run:
-    """Find what belongs to a run; no detections are read yet.
+    """Find what belongs to a run, by its OUTPUT_DIR or a file of detections; none is read yet.
 
-    Args:
-        path: OUTPUT_DIR of ``train_net.py``, or a file of detections in COCO's format.
-        ground_truth: data set -> JSON file. The data sets compared are these then; without, they
-            are DATASETS.TEST of the run's ``config.yaml``, read as that config says.
-
-    Returns:
-        the run.
-
-    Raises:
-        UserError: if a file is missing, or it is not clear what data set a file is of.
+    The data sets are those of ``ground_truth``, name -> JSON file; without, they are DATASETS.TEST
+    of the run's ``config.yaml``, read as that config says.
     """
     path, given = str(path), dict(ground_truth or {})
     if os.path.isfile(path):

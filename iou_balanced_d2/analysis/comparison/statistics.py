@@ -10,13 +10,13 @@ Letters: S runs of a side, B resamples, M metrics.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Array = NDArray[Any]
+from ...evaluation.detections import Array
+
 LEVEL = 0.05
 POWER = 0.8
 # The least squared standard error, as a share of the variance over the images.
@@ -29,96 +29,62 @@ _POWER_OF_RUNS = 1.25
 
 
 class SideValues(NamedTuple):
-    """The metrics of a side's runs, in percent; NaN where undefined.
+    """The metrics of a side's runs, in percent; NaN where undefined."""
 
-    Attributes:
-        plain: (S, M), of the test set as it is.
-        drawn: (S, B, M), of the images drawn; draw b is of the same images for all runs.
-    """
-
-    plain: Array
-    drawn: Array
+    plain: Array  # (S, M), of the test set as it is
+    drawn: Array  # (S, B, M), of the images drawn; draw b is of the same images for all runs
 
 
 class Spread(NamedTuple):
-    """How far runs of the same setting lie apart, pooled over all sides.
+    """How far runs of the same setting lie apart, pooled over all sides."""
 
-    Attributes:
-        variance: (M,), of runs on the same images; 0 where no side has two runs.
-        of_images: (M,), the part of it that other images would change, and that the variance of
-            the images therefore contains already.
-        freedom: number of runs beyond the first of each side.
-    """
-
-    variance: Array
+    variance: Array  # (M,), of runs on the same images; 0 where no side has two runs
+    # (M,), the part of it that other images would change, and that the variance of the images
+    # therefore contains already.
     of_images: Array
-    freedom: int
+    freedom: int  # number of runs beyond the first of each side
 
 
 class Difference(NamedTuple):
-    """A side's metric minus the first side's, in percent points.
+    """A side's metric minus the first side's, in percent points."""
 
-    Attributes:
-        value: the difference of the means over runs.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p: two-sided.
-        standard_error: of ``value``.
-        freedom: degrees of freedom of the t distribution that ``low``, ``high`` and ``p`` are of.
-        detectable: the smallest true difference that is found with 80 % power at the 5 % level.
-        of_images: the part of the squared ``standard_error`` that more runs would leave.
-    """
-
-    value: float
-    low: float
-    high: float
-    p: float
-    standard_error: float
+    value: float  # the difference of the means over runs
+    low: float  # lower end of the 95 % interval
+    high: float  # upper end
+    p: float  # two-sided
+    standard_error: float  # of ``value``
+    # Degrees of freedom of the t distribution that ``low``, ``high`` and ``p`` are of.
     freedom: float
-    detectable: float
-    of_images: float
+    detectable: float  # the smallest true difference that is found with 80 % power at the 5 % level
+    of_images: float  # the part of the squared ``standard_error`` that more runs would leave
 
 
 def spread_of_runs(sides: Sequence[SideValues]) -> Spread:
-    """Pool the variance of the runs of each side.
-
-    Args:
-        sides: all of them; those of a single run tell nothing here.
-
-    Returns:
-        the spread, under the assumption that it is the same for all sides.
-    """
+    """Pool the variance of the runs of all sides, as if it was the same for all."""
     freedom = sum(len(side.plain) - 1 for side in sides)
     num_metrics = sides[0].plain.shape[1]
     variance, of_images = np.zeros(num_metrics), np.zeros(num_metrics)
     for side in sides:
         beyond = len(side.plain) - 1
         if beyond:
-            moved = side.drawn - _mean(side.drawn, axis=1)[:, None]
+            moved = side.drawn - mean(side.drawn, axis=1)[:, None]
             variance += beyond / freedom * side.plain.var(axis=0, ddof=1)
-            of_images += beyond / freedom * _mean(moved.var(axis=0, ddof=1), axis=0)
+            of_images += beyond / freedom * mean(moved.var(axis=0, ddof=1), axis=0)
     return Spread(variance, of_images, freedom)
 
 
 def differences(
     first: SideValues, other: SideValues, spread: Spread, weights: Array
 ) -> list[Difference]:
-    """Difference of two sides in each metric.
+    """Difference of two sides in each of M metrics.
 
     The squared standard error is S^2 of the runs over their number, plus the variance over the
     images drawn less the part of S^2 that is of images already. The reciprocal of t's degrees of
     freedom is the sum of those of images and runs, each times its share of the variance; the share
     of the runs to the power 1.25.
 
-    Args:
-        first: what is compared with.
-        other: what is compared.
-        spread: from :func:`spread_of_runs`.
-        weights: (B, N), how often each of N images was drawn.
-
-    Returns:
-        M differences; all fields NaN where a metric is undefined, all but the value where the
-        images drawn never change it.
+    All fields are NaN where a metric is undefined, all but the value where the images drawn
+    (weights: (B, N), how often) never change it.
     """
     value = other.plain.mean(axis=0) - first.plain.mean(axis=0)
     drawn = other.drawn.mean(axis=0) - first.drawn.mean(axis=0)
@@ -146,23 +112,17 @@ def differences(
 
 
 def _variance_over_images(drawn: Array, weights: Array) -> tuple[Array, Array]:
-    """Variance of a metric between test sets of N images, and its degrees of freedom.
+    """Variance (M,) of metrics (B, M) between test sets of N images, and its degrees of freedom.
 
-    The variance s^2 of N values is uncertain: Var(s^2) / s^4 = 2 / (N - 1) + excess / N, and
-    2 / degrees of freedom by Satterthwaite's definition. A metric's values are the images'
-    influences, Cov(metric, how often the image is drawn) (Efron's infinitesimal jackknife, 2014).
-
-    Args:
-        drawn: (B, M); NaN where undefined.
-        weights: (B, N).
-
-    Returns:
-        (M,) variance, NaN where it is defined in fewer than two draws; (M,) degrees of freedom.
+    The variance s^2 of N values is uncertain: Var(s^2) / s^4 = 2 / (N - 1) + excess / N, and 2 /
+    degrees of freedom by Satterthwaite's definition. A metric's values are the images' influences,
+    Cov(metric, how often the image is drawn) (Efron's infinitesimal jackknife, 2014). NaN where a
+    metric is defined in fewer than two draws.
     """
     num_draws, num_images = weights.shape
     defined = ~np.isnan(drawn)
     number = defined.sum(axis=0)
-    moved = np.where(defined, drawn - _mean(drawn, axis=0), 0)
+    moved = np.where(defined, drawn - mean(drawn, axis=0), 0)
     variance = np.where(number > 1, (moved**2).sum(axis=0) / np.maximum(number - 1, 1), np.nan)
     influence = (weights - 1.0).T @ moved / np.maximum(number, 1)
     # The finite number of draws adds normal noise to it, which has no fourth cumulant.
@@ -186,13 +146,7 @@ def _small_sample(weights: Array) -> float:
 
 
 def verdict(name: str, first: str, difference: Difference) -> str:
-    """What a difference in AP says, in one sentence.
-
-    Args:
-        name: the side compared.
-        first: the side compared with.
-        difference: of their AP.
-    """
+    """What a difference in AP says, in one sentence."""
     d = difference
     if math.isnan(d.value):
         return f"{name} and {first} can't be compared: there is no object to find."
@@ -224,7 +178,7 @@ def format_p(p: float) -> str:
     return f"{p:.3f}".removeprefix("0") if p < 0.9995 else "1"
 
 
-def _mean(values: Array, axis: int) -> Array:
+def mean(values: Array, axis: int) -> Array:
     """Mean of what is defined; NaN where nothing is."""
     defined = ~np.isnan(values)
     number = defined.sum(axis=axis)

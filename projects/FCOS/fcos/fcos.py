@@ -7,7 +7,10 @@ level l, K classes, P positives, L levels. Boxes are XYXY in absolute coordinate
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes
 from torch import Tensor
@@ -149,3 +152,28 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
             "loss_fcos_loc": losses["loss_box_reg"],
             "loss_fcos_ctr": losses["loss_ctr"],
         }
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's pyramid on a ResNet, but with p6 and p7 computed from p5 instead of res5.
+
+    See section 2.2 of https://arxiv.org/abs/2006.09214.
+
+    Args:
+        cfg: the full config; MODEL.RESNETS and MODEL.FPN are read, and ``res5`` must be among
+            MODEL.FPN.IN_FEATURES.
+        input_shape: of the images.
+
+    Returns:
+        the pyramid; with res3 to res5 it has the levels p3 to p7, strides 8 to 128.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -23,15 +23,7 @@ Array = npt.NDArray[np.float64]
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T.Transform]:
-    """The augmentations of MODEL.SSD.SIZE, INPUT.SSD_AUG and INPUT.RANDOM_FLIP.
-
-    Args:
-        cfg: the full config.
-        is_train: False gives the resizing alone.
-
-    Returns:
-        detectron2's augmentations, in their order; they read "image" and "boxes".
-    """
+    """The augmentations of MODEL.SSD.SIZE, INPUT.SSD_AUG and INPUT.RANDOM_FLIP, in their order."""
     resize = T.Resize((cfg.MODEL.SSD.SIZE, cfg.MODEL.SSD.SIZE))
     if not is_train:
         return [resize]
@@ -64,25 +56,22 @@ class ExpandTransform(T.PadTransform):
 
 
 class RandomExpand(T.Augmentation):
-    """Zoom out: the image somewhere on a canvas of the mean colour, which makes objects small."""
+    """Zoom out half of the images: somewhere on a canvas of the mean colour, up to 4 times as wide.
 
-    def __init__(self, mean: Sequence[float], max_ratio: float = 4.0, prob: float = 0.5):
-        """Set the ranges.
+    Args:
+        mean: colour of the canvas, in the order of the image's channels.
+    """
 
-        Args:
-            mean: colour of the canvas, in the order of the image's channels.
-            max_ratio: sides of the canvas are 1 to this many times those of the image.
-            prob: share of the images.
-        """
+    def __init__(self, mean: Sequence[float]):
         super().__init__()
-        self.mean, self.max_ratio, self.prob = mean, max_ratio, prob
+        self.mean = mean
 
     def get_transform(self, image: npt.NDArray[np.uint8]) -> T.Transform:
         """Draw the size of the canvas and the place on it."""
-        if self._rand_range() >= self.prob:
+        if self._rand_range() >= 0.5:
             return T.NoOpTransform()
         height, width = image.shape[:2]
-        ratio = self._rand_range(1.0, self.max_ratio)
+        ratio = self._rand_range(1.0, 4.0)
         extra_x, extra_y = int(width * (ratio - 1)), int(height * (ratio - 1))
         left, top = int(self._rand_range(extra_x + 1)), int(self._rand_range(extra_y + 1))
         return ExpandTransform(
@@ -94,12 +83,7 @@ class CenterCropTransform(T.CropTransform):
     """A crop that keeps the objects whose centre is in it; boxes of the others become empty."""
 
     def apply_box(self, box: Array) -> Array:
-        """Crop boxes (M, 4).
-
-        Returns:
-            (M, 4) clipped to the crop, all 0 for a centre outside of it: detectron2's mapper
-            leaves out empty boxes.
-        """
+        """Crop boxes (M, 4); 0 for a centre outside, as detectron2's mapper drops empty boxes."""
         window = np.array([self.x0, self.y0, self.x0 + self.w, self.y0 + self.h])
         box = np.asarray(box, dtype=np.float64).reshape(-1, 4)
         clipped = np.concatenate(

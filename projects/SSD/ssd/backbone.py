@@ -23,16 +23,6 @@ class ExtraLayer(nn.Module):
         stride: int,
         padding: int,
     ):
-        """Build the layers, with Xavier's weights.
-
-        Args:
-            in_channels: of the feature map before.
-            mid_channels: of the 1x1 convolution.
-            out_channels: of the second one, whose size, stride and padding follow.
-            kernel: side of the second convolution.
-            stride: its stride.
-            padding: its padding.
-        """
         super().__init__()
         self.reduce = nn.Conv2d(in_channels, mid_channels, 1)
         self.conv = nn.Conv2d(mid_channels, out_channels, kernel, stride, padding)
@@ -101,7 +91,7 @@ def build_ssd_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SSDBackbone:
     Returns:
         the backbone; MODEL.BACKBONE.FREEZE_AT stages of VGG16 (0 to 5) are not trained.
     """
-    vgg = VGG16(input_shape.channels)
+    vgg = VGG16()
     vgg.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     return SSDBackbone(vgg, ("conv4_3", "fc7"), cfg.MODEL.SSD.EXTRA_LAYERS)
 

@@ -23,15 +23,9 @@ _NUM_COCO_IDS = 90
 def convert_vgg16(state: Mapping[str, Tensor]) -> StateDict:
     """Convert torchvision's ``vgg16`` state dict to that of :class:`SSDBackbone`'s VGG16.
 
-    fc6 and fc7 are made of the classifier's first two layers as in the SSD paper: every 4th
-    output, and of fc6's 7x7 places each third. A file without usable classifier (the features
-    alone, or NaN) leaves them out.
-
-    Args:
-        state: "features.<i>.weight", and so on.
-
-    Returns:
-        "backbone.bottom_up.features.<i>.weight", and so on.
+    fc6 and fc7 are made of the classifier's first two layers as in the SSD paper: every 4th output,
+    and of fc6's 7x7 places each third. A file without usable classifier (the features alone, or
+    NaN) leaves them out.
     """
     prefix = "backbone.bottom_up"
     converted = {f"{prefix}.{k}": v for k, v in state.items() if k.startswith("features.")}
@@ -47,15 +41,9 @@ def convert_vgg16(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def convert_ssd300(state: Mapping[str, Tensor], classes: Sequence[int] | None = None) -> StateDict:
-    """Convert the state dict of ``torchvision.models.detection.ssd300_vgg16``.
+    """Convert ``torchvision.models.detection.ssd300_vgg16``'s state dict to that of :class:`SSD`.
 
-    Args:
-        state: its ``state_dict()``; class 0 is background.
-        classes: torchvision's numbers of the K classes to keep, in their new order; None keeps
-            all of them.
-
-    Returns:
-        the state dict of :class:`SSD` with VGG16 and the extra layers of SSD300.
+    ``classes`` are torchvision's numbers of those to keep, in their new order; None keeps all.
     """
     # torchvision's first extra block begins with the pool before conv5.
     layers = {f"extra.0.{i}": f"bottom_up.features.{i + 23}" for i in (1, 3, 5)}
@@ -82,13 +70,6 @@ def convert_torchvision(state: Mapping[str, Tensor], model: nn.Module) -> Mappin
 
     Of torchvision's COCO model a detector of 80 classes gets the scores of COCO's 80. Scores of
     other numbers of classes than the detector's are left out, and logged.
-
-    Args:
-        state: a state dict.
-        model: an :class:`SSD`.
-
-    Returns:
-        a state dict of the detector.
     """
     if "features.0.weight" in state:
         converted = convert_vgg16(state)

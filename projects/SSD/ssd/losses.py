@@ -19,14 +19,8 @@ from iou_balanced_d2.modeling.positives import Positives
 def hard_negatives(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> Tensor:
     """The negatives of each image with the largest loss, ``ratio`` for each of its positives.
 
-    Args:
-        loss: (N, R) float, element-wise classification loss.
-        labels: (N, R) int64 class index; K is background, -1 ignored.
-        num_classes: number of classes, K.
-        ratio: negatives for one positive.
-
-    Returns:
-        (N, R) bool. An image without positives has none.
+    (N, R) bool, of the element-wise loss (N, R) and labels, of which K is background and -1
+    ignored.
     """
     is_negative = labels == num_classes
     num_positives = ((labels >= 0) & ~is_negative).sum(dim=1, keepdim=True)

@@ -39,13 +39,6 @@ class SSDHead(nn.Module):
     """One 3x3 convolution for the scores and one for the boxes of each feature map."""
 
     def __init__(self, input_shape: list[ShapeSpec], num_anchors: list[int], num_classes: int):
-        """Build the convolutions, with Xavier's weights.
-
-        Args:
-            input_shape: of the L feature maps.
-            num_anchors: A of each.
-            num_classes: number of classes, K.
-        """
         super().__init__()
         self.cls_score, self.bbox_pred = nn.ModuleList(), nn.ModuleList()
         for shape, num in zip(input_shape, num_anchors, strict=True):

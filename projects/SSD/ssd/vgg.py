@@ -10,9 +10,7 @@ from detectron2.modeling import Backbone
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-# Channels and convolutions of the five stages.
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+from torchvision.models.vgg import cfgs, make_layers
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -30,25 +28,17 @@ class VGG16(Backbone):
     The layers of ``features`` have the numbers that torchvision's VGG16 gives them.
     """
 
-    def __init__(self, in_channels: int = 3):
-        """Build the layers; weights come from a checkpoint (MODEL.WEIGHTS).
-
-        Args:
-            in_channels: of the images.
-        """
+    def __init__(self) -> None:
+        """Build the layers; weights come from a checkpoint (MODEL.WEIGHTS)."""
         super().__init__()
-        layers: list[nn.Module] = []
-        for stage, (channels, num_convs) in enumerate(STAGES, start=1):
-            for _ in range(num_convs):
-                conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.features = make_layers(cfgs["D"])
+        for conv in self.features:
+            if isinstance(conv, nn.Conv2d):
                 c2_msra_fill(conv)
-                layers += [conv, nn.ReLU(inplace=True)]
-                in_channels = channels
-            # 75 pixels of SSD300 become 38, not 37. The last pool keeps the size.
-            pool = nn.MaxPool2d(2, ceil_mode=stage == 3)
-            layers.append(pool if stage < 5 else nn.MaxPool2d(3, stride=1, padding=1))
-        self.features = nn.Sequential(*layers)
-        self._pools = [i for i, m in enumerate(layers) if isinstance(m, nn.MaxPool2d)]
+        self._pools = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
+        # 75 pixels of SSD300 become 38, not 37. The last pool keeps the size.
+        self.features[self._pools[2]].ceil_mode = True
+        self.features[self._pools[4]] = nn.MaxPool2d(3, stride=1, padding=1)
         # ParseNet's scale of the channels; the SSD paper's 20.
         self.conv4_3_scale = nn.Parameter(torch.full((512,), 20.0))
         self.fc6 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6)
@@ -57,11 +47,7 @@ class VGG16(Backbone):
         xavier_init(self.fc7)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Feature maps (N, 512, H/8, W/8) and (N, 1024, H/16, W/16), rounded up at the third pool.
-
-        Args:
-            x: images (N, 3, H, W), normalised.
-        """
+        """Feature maps (N, 512, H/8, W/8) and (N, 1024, H/16, W/16), rounded up once."""
         conv4_3 = self.features[: self._pools[3]](x)
         x = self.features[self._pools[3] :](conv4_3)
         x = F.relu_(self.fc7(F.relu_(self.fc6(x))))

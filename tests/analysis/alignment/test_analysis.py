@@ -9,6 +9,7 @@ import torch
 from torchvision.ops import box_iou
 
 from iou_balanced_d2.analysis.alignment import analyze
+from iou_balanced_d2.analysis.alignment.analysis import verdict
 from iou_balanced_d2.analysis.alignment.measures import (
     bins_of,
     calibration,
@@ -16,7 +17,6 @@ from iou_balanced_d2.analysis.alignment.measures import (
     outranked_objects,
 )
 from iou_balanced_d2.analysis.alignment.thresholds import confusion_matrix
-from iou_balanced_d2.analysis.alignment.verdict import verdict
 from iou_balanced_d2.evaluation.matching import RIGHT, WRONG, find_pairs, match
 
 from ...evaluation.by_pycocotools import metrics_by_pycocotools

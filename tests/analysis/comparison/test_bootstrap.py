@@ -5,11 +5,11 @@ import pytest
 
 from iou_balanced_d2.analysis.comparison.bootstrap import (
     draw_images,
+    matches_of,
     metric_names,
     metrics_of,
     resampled_ap,
 )
-from iou_balanced_d2.analysis.comparison.matches import matches_of
 
 from ...evaluation.by_pycocotools import metrics_by_pycocotools
 from ...evaluation.synthetic import arrays_of, random_case

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from iou_balanced_d2.analysis.comparison.bootstrap import draw_images, weighted_ap
-from iou_balanced_d2.analysis.comparison.matches import ranked
+from iou_balanced_d2.analysis.comparison.bootstrap import draw_images, ranked, weighted_ap
 from iou_balanced_d2.analysis.comparison.statistics import (
     Difference,
     SideValues,
