@@ -30,7 +30,7 @@ setup:
 	@$(PYTHON) tools/setup_env.py "$(VENV)" constraints.txt $(CHOSEN)
 
 # A process a core, each with one thread: a file's tests stay together, in the order of the folders
-# (by their number the files of a few long tests would come last).
+# (xdist would sort files by their number of tests, and a few long tests would come last).
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile \
 		--no-loadscope-reorder $(ARGS)

@@ -25,9 +25,9 @@ EXPORT_FORMATS = ("torchscript", "onnx")
 class Command:
     """A command."""
 
-    module: str  # in :mod:`iou_balanced_d2.commands`; its ``run`` gets the arguments
-    description: str  # one line
-    add_arguments: Callable[[argparse.ArgumentParser], None]  # adds its flags to a parser
+    module: str  #: in :mod:`iou_balanced_d2.commands`; its ``run`` gets the arguments
+    description: str  #: one line
+    add_arguments: Callable[[argparse.ArgumentParser], None]  #: adds its flags to a parser
 
 
 def parse(name: str, words: Sequence[str], prog: str | None = None) -> argparse.Namespace:

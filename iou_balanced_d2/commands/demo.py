@@ -61,7 +61,7 @@ def pictures_of(words: Sequence[str], output: Path) -> Iterator[str]:
 
 
 def read(file: str, longest: float) -> np.ndarray:
-    """An image (H, W, 3) uint8 BGR, ``longest`` times as long as wide at most; or ValueError."""
+    """An image (H, W, 3) uint8 BGR; ValueError says why it is skipped, as its shape ``longest``."""
     try:
         with Image.open(file) as opened:
             fault = fault_of(opened)

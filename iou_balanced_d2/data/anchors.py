@@ -58,8 +58,8 @@ def anchor_recall(
 
     "Gets an anchor": one anchor's IoU with the box is at least the upper one of
     MODEL.RETINANET.IOU_THRESHOLDS. (The others are matched to their best anchor all the same, but
-    to that one only, however bad it is.) Images are resized as for training, at the middle of its
-    sizes, times ``image_scale``.
+    to that one only, however bad it is.) Images are resized as for training, at the middle of the
+    config's sizes, times ``image_scale``. Classes without boxes are left out.
     """
     boxes, size, classes = scaled_boxes(cfg, content, image_scale)
     best = best_anchor_iou(boxes, size, anchors or AnchorGrid.of(cfg))
@@ -85,10 +85,11 @@ def recall_in_words(recalls: Mapping[str, float]) -> str:
 def best_anchor_iou(
     boxes: NDArray[Any], size: NDArray[Any], anchors: AnchorGrid
 ) -> NDArray[np.float64]:
-    """IoU (G,) of each box (G, 4) with its best anchor; size (G, 2) is of the box's image.
+    """IoU (G,) of each box (G, 4), XYXY in pixels, with its best anchor in an image of ``size``.
 
     An anchor's IoU with a box falls with the distance of their centres in x and in y. So of each
-    shape only the one nearest to the box has to be looked at, not all of the grid.
+    shape only the one nearest to the box has to be looked at, not all of the grid. ``size``
+    (G, 2) is the width and height of each box's image.
     """
     best = np.zeros(len(boxes))
     padded = np.ceil(size / anchors.divisor) * anchors.divisor

@@ -132,7 +132,7 @@ def parse_cityscapes_json(path: str) -> tuple[int, int, list[Thing], int]:
 def visible_things(
     objects: Sequence[tuple[str, NDArray[Any]]], *, height: int, width: int
 ) -> tuple[list[Thing], int]:
-    """Draw polygons (V, 2), by label, over each other and bound what is seen of each thing.
+    """Draw polygons (V, 2) of x, y in their order and bound what is seen of each thing.
 
     Returns the visible objects of the 8 classes, and the number of those that are hidden wholly.
     """

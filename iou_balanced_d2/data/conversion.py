@@ -108,7 +108,7 @@ def prepare_dataset(name: str) -> None:
 
 
 def check_name(name: str, key: str = "") -> None:
-    """A data set's name must be able to name a folder: results go to OUTPUT_DIR/inference/NAME."""
+    """Raise UserError unless a data set's name can name a folder; ``key`` is where it stands."""
     leads_away = name in ("", ".", "..") or "/" in name or "\\" in name
     if leads_away or not name.isprintable() or len(quote(name, safe="")) > _LONGEST:
         where = f"{key}: " if key else ""
@@ -248,26 +248,26 @@ def read_text(path: str) -> str:
 
 
 def map_files(
-    function: Callable[[Item], Result], paths: Sequence[Item], *, title: str
+    function: Callable[[Item], Result], items: Sequence[Item], *, title: str, many: int = _MANY
 ) -> list[Result]:
-    """Call a function for each file, in threads; of many, with a bar that shows the progress.
+    """Call a function for each file, in threads; of ``many`` or more, with a progress bar.
 
     Most of the time is spent waiting for many small files, above all on a network's disk. Not every
-    program can start processes safely (CUDA, a script without a main guard). It is called for all
-    before its errors are raised, as one.
+    program can start processes safely (CUDA, a script without a main guard). The function is called
+    for all items; then its UserErrors are raised as one.
     """
 
-    def call(path: Item) -> tuple[list[Result], str]:
+    def call(item: Item) -> tuple[list[Result], str]:
         try:
-            return [function(path)], ""
+            return [function(item)], ""
         except UserError as error:
             return [], str(error)
 
     # disable=None: a bar on a terminal, none in a log file.
-    disable = None if len(paths) >= _MANY else True
+    disable = None if len(items) >= many else True
     with ThreadPool(_READERS) as pool:
-        done = pool.imap(call, paths)
-        found = list(tqdm(done, total=len(paths), desc=title, disable=disable))
+        done = pool.imap(call, items)
+        found = list(tqdm(done, total=len(items), desc=title, disable=disable))
     errors = [error for _, error in found if error]
     if errors:
         more = f"; ... ({len(errors)} such)" if len(errors) > _MOST_NAMED else ""
@@ -311,7 +311,7 @@ NamedObject = tuple[str, list[float], dict[str, Any]]
 def named_content(
     images: Sequence[tuple[str, int, int, Sequence[NamedObject]]], classes: Sequence[str] | None
 ) -> dict[str, Any]:
-    """:func:`coco_content` of objects that have the name of their class; None: the sorted ones."""
+    """:func:`coco_content` of objects named by their class; None: of the sorted names found."""
     classes = classes or sorted({name for *_, objects in images for name, *_ in objects})
     numbers = {name: i for i, name in enumerate(classes)}
     for file, *_, objects in images:

@@ -57,7 +57,7 @@ class Report:
     num_annotations: int  #: number of annotations
     num_empty: int  #: number of images without annotations
     classes: dict[str, int]  #: number of annotations of each class
-    #: Name of the problem -> where, each a file, the annotation and what.
+    #: Name of the problem -> where, each ``file, annotation id: what``.
     problems: dict[str, list[str]] = field(default_factory=dict)
     #: Kind of :data:`REPAIRS` -> number and first place.
     repairs: dict[str, list[Any]] = field(default_factory=dict)
@@ -243,7 +243,7 @@ def inspect_images(content: dict[str, Any], image_root: str) -> Report:
     """
     report = Report(len(content["images"]), 0, 0, {})
     look = partial(_look_at, image_root=image_root)
-    for problems, is_rotated in map_files(look, content["images"], title="images"):
+    for problems, is_rotated in map_files(look, content["images"], title="images", many=0):
         report.add(problems)
         report.rotated += is_rotated
     return report

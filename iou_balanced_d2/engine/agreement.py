@@ -57,7 +57,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def check_same_data(dicts: Sequence[dict[str, Any]]) -> None:
-    """Compare the training data of all processes (of paths the names); each must call this."""
+    """Compare all processes' training data, of paths the files' names; each must call this."""
     if comm.get_world_size() == 1:
         return
     names, boxes = hashlib.sha256(), hashlib.sha256()

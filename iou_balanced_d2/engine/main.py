@@ -112,8 +112,9 @@ def write_reports(cfg: CfgNode) -> None:
 def evaluate(cfg: CfgNode, *, resume: bool, trust_checkpoint: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint in OUTPUT_DIR when resuming.
 
-    TEST.AUG.ENABLED adds test-time augmentation ("tta"), MODEL.EMA.ENABLED the average of the
-    weights ("ema"). Exits with code 1 if TEST.EXPECTED_RESULTS are missed.
+    Returns the results by data set, those of test-time augmentation (TEST.AUG.ENABLED) under
+    "tta", of the average of the weights (MODEL.EMA.ENABLED) under "ema". Exits with code 1 if
+    TEST.EXPECTED_RESULTS are missed.
     """
     model = Trainer.build_model(cfg)
     checkpointer = RobustCheckpointer(model, cfg.OUTPUT_DIR, trust=trust_checkpoint, strict=True)

@@ -70,8 +70,8 @@ class BoxEvaluator(COCOEvaluator):
             max_dets_per_image: limit of detections an image; None is COCO's 100.
 
         Raises:
-            UserError: if the policy for difficult objects is not known, or the data set's file is
-                broken.
+            UserError: if the data set's file is broken, or the policy for difficult objects is not
+                known.
         """
         super().__init__(
             dataset_name,

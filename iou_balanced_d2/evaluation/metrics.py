@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tabulate import tabulate
 
-Array = NDArray[Any]
+from .detections import Array
 
 # COCO's thresholds, by its own expression, and in hundredths, as the metrics' names have them.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -69,7 +69,8 @@ def _claims(ground_truth: GroundTruth, detections: Detections) -> tuple[Array, A
 def _right(reached: Array, claimed: Array, ignored: Array) -> Array:
     """Whether each detection that counts is right (bool), without those on ignored objects.
 
-    (D,) are whether the IoU with the claimed object reaches the threshold, and its row.
+    ``reached`` (D,) is whether the IoU with the claimed object reaches the threshold, ``claimed``
+    (D,) the object's row.
     """
     left_out = reached & ignored[claimed]
     valid = np.flatnonzero(reached & ~left_out)

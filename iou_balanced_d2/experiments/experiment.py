@@ -185,7 +185,7 @@ def how_many_at_once(memory_gib: float) -> int:
 
 
 def hold_out(config: Path, settings: Settings, share: float, folder: Path) -> Settings:
-    """Settings to train on one part of DATASETS.TRAIN's images and test on another, fixed one.
+    """Settings to train on one part of DATASETS.TRAIN's images and test on a fixed ``share``.
 
     The two COCO JSON files of each training set are written into the folder.
     """

@@ -48,7 +48,7 @@ def plain_and_balanced_sums(
     balanced = _powered(iou, "power", power) * loss
     if group is None:
         return loss.sum(), balanced.sum()
-    # A GPU adds in any order; in float64 that doesn't change the sums.
+    # A GPU adds in any order; after float64 that hardly ever shows in float32.
     zeros = loss.new_zeros(int(group.max()) + 1 if len(group) else 0, dtype=torch.float64)
     plain, balanced = (zeros.index_add(0, group, x.double()) for x in (loss, balanced))
     return plain.to(loss.dtype), balanced.to(loss.dtype)

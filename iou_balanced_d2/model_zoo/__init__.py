@@ -1,6 +1,6 @@
 """The project's configs and models, from a checkout or from an installed wheel.
 
-As ``detectron2.model_zoo``::
+As ``detectron2.model_zoo``, but for trained models, of which none is published::
 
     from iou_balanced_d2 import model_zoo
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x_iou_balanced.yaml")
@@ -95,7 +95,7 @@ def get_detectron2_config(config_path: str) -> DictConfig:
     return LazyConfig.load(str(path))
 
 
-def get(config_path: str, device: str | None = None) -> nn.Module:
+def get(config_path: str, *, device: str | None = None) -> nn.Module:
     """The model that a config describes, with its weights loaded.
 
     Args:

@@ -291,7 +291,7 @@ class IoUBalancedLoss(nn.Module):
 
     @torch.no_grad()
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint; a w_loc set by the user (not 0) stays as set."""
+        """Restore the state of a checkpoint; a w_loc set by the user stays."""
         self.num_pos_ema.copy_(state["num_pos_ema"])
         self.w_loc_measurement.load_training_state(state["w_loc_measurement"])
 

@@ -1,4 +1,4 @@
-"""Labelling anchors as detectron2's RetinaNet does, block by block.
+"""Labelling anchors as detectron2's RetinaNet does, of many pairs block by block.
 
 Letters: G ground-truth boxes of one image, R anchors of one image over all levels, B blocks of
 R_b anchors. Boxes are XYXY in absolute coordinates; a block holds its anchors as columns,

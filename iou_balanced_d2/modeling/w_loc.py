@@ -35,8 +35,8 @@ class WLocMeasurement(nn.Module):
     """
 
     w_loc: Tensor  #: float64 scalar; 0 until it is known
-    #: (5,) float64, over the steps measured so far – their number, the box loss, iou^lambda * box
-    #: loss, each step's own w_loc, and its square.
+    #: (5,) float64, sums over the steps measured so far of 1, the box loss, iou^lambda * box loss,
+    #: each step's own w_loc, and its square.
     sums: Tensor
 
     def __init__(self, options: LossOptions):

@@ -361,6 +361,7 @@ def fcos_step(images, wrap=lambda model: model):
 
 
 def fcos_worker(rank, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     image = toy_batch()[rank : rank + 1]
     torch.save(fcos_step(image, DistributedDataParallel), f"{folder}/{rank}.pt")

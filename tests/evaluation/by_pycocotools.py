@@ -9,14 +9,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from iou_balanced_d2.data import check_difficult_policy
 from iou_balanced_d2.data.coco_format import area_of
 from iou_balanced_d2.evaluation import coco_metrics
 
 
 def prepare_ground_truth(coco, difficult):
     """Make the annotations of a COCO fit for COCOeval and the policy, in memory."""
-    check_difficult_policy(difficult)
     coco.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 read it
     annotations = coco.dataset["annotations"]
     if difficult == "drop":

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
-from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.evaluation import coco_metrics, evaluate_boxes
 
 from .by_pycocotools import arrays_by_pycocotools
@@ -118,11 +117,6 @@ def test_annotations_are_completed():
     ]
     detections = detections_of([(1, 1, (10, 10, 20, 20), 0.5)])
     assert metrics_of(coco, detections)["AP"] == pytest.approx(100)
-
-
-def test_unknown_policy():
-    with pytest.raises(UserError, match=r"VOC_DIFFICULT must be one of 'ignore', 'count'"):
-        coco_of(DIFFICULT, difficult="skip")
 
 
 def test_images_named_by_strings():

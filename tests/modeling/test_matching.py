@@ -59,13 +59,14 @@ boxes = st.tuples(numbers, numbers, st.sampled_from([0.0, 0.5, 8.0, 32.0, 90.0])
 )
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("few_pairs", [0, 1 << 19])  # block by block, and the whole IoU
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(boxes, max_size=12), min_size=1, max_size=3), matchers)
 @example([[(0, 0, 0, 0)]], Matcher([0.4, 0.5], [0, -1, 1], True))  # touches no anchor
 @example([[(8, 8, 40, 40), (8, 8, 40, 40)], []], Matcher([0.4, 0.5], [0, -1, 1], True))
-def test_labels_are_detectron2s(images, matcher):
+def test_labels_are_detectron2s(few_pairs, images, matcher):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "_FEW_PAIRS", 0)
+        patch.setattr(matching, "_FEW_PAIRS", few_pairs)
         patch.setattr(matching, "_CPU_ANCHORS", 100)
         check(make_anchors(96, 128), [make_instances(x) for x in images], matcher)
 

@@ -16,7 +16,7 @@ IOU = 0.5  # at which a detection is right here
 def best_thresholds(
     ground_truth: GroundTruth, detections: Detections, outcome: Array
 ) -> dict[str, Array]:
-    """The score threshold of each class with the largest F1, by :func:`match` at one IoU (D,).
+    """The score threshold of each class with the largest F1, by the outcome (D,) at one IoU.
 
     (K,) each: "threshold", the lowest score that is kept; "precision", "recall" and "f1" of what is
     kept. Of equal F1 the highest threshold counts; NaN where no detection is right.

@@ -233,7 +233,7 @@ def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> lis
 
 
 def _read_record(path: str | Path) -> dict[str, Any]:
-    record: Any = load_json(str(path))
+    record: dict[str, Any] = load_json(str(path))
     kinds = {"dataset": str, "variant": str, "seed": int, "metrics": dict}
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
@@ -241,7 +241,7 @@ def _read_record(path: str | Path) -> dict[str, Any]:
     for metric in METRICS:
         if not isinstance(record["metrics"].get(metric, ""), int | float | None):  # "": missing
             raise UserError(f"{path}: not the record of a run: metric {metric} is no number")
-    return dict(record)
+    return record
 
 
 def _paired_effects(

@@ -35,7 +35,7 @@ class Run:
 
 
 def load_run(path: str | Path, ground_truth: Mapping[str, str] | None = None) -> Run:
-    """Find what belongs to a run, by its OUTPUT_DIR or a file of detections; none is read yet.
+    """Find what belongs to a run, its OUTPUT_DIR or a file of detections; they are not read yet.
 
     The data sets are those of ``ground_truth``, name -> JSON file; without, they are DATASETS.TEST
     of the run's ``config.yaml``, read as that config says.

@@ -83,8 +83,8 @@ def differences(
     freedom is the sum of those of images and runs, each times its share of the variance; the share
     of the runs to the power 1.25.
 
-    All fields are NaN where a metric is undefined, all but the value where the images drawn
-    (weights: (B, N), how often) never change it.
+    ``weights`` (B, N) is how often each image was drawn. All fields are NaN where a metric is
+    undefined; all but the value, where no draw changes it.
     """
     value = other.plain.mean(axis=0) - first.plain.mean(axis=0)
     drawn = other.drawn.mean(axis=0) - first.drawn.mean(axis=0)

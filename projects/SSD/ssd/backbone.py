@@ -91,7 +91,7 @@ def build_ssd_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SSDBackbone:
     Returns:
         the backbone; MODEL.BACKBONE.FREEZE_AT stages of VGG16 (0 to 5) are not trained.
     """
-    vgg = VGG16()
+    vgg = VGG16(input_shape.channels)
     vgg.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     return SSDBackbone(vgg, ("conv4_3", "fc7"), cfg.MODEL.SSD.EXTRA_LAYERS)
 

@@ -19,8 +19,8 @@ from iou_balanced_d2.modeling.positives import Positives
 def hard_negatives(loss: Tensor, labels: Tensor, num_classes: int, ratio: float) -> Tensor:
     """The negatives of each image with the largest loss, ``ratio`` for each of its positives.
 
-    (N, R) bool, of the element-wise loss (N, R) and labels, of which K is background and -1
-    ignored.
+    The element-wise loss and the labels, K for background and -1 for ignored, are (N, R), and so is
+    what is returned (bool).
     """
     is_negative = labels == num_classes
     num_positives = ((labels >= 0) & ~is_negative).sum(dim=1, keepdim=True)

@@ -28,10 +28,11 @@ class VGG16(Backbone):
     The layers of ``features`` have the numbers that torchvision's VGG16 gives them.
     """
 
-    def __init__(self) -> None:
-        """Build the layers; weights come from a checkpoint (MODEL.WEIGHTS)."""
+    def __init__(self, in_channels: int = 3):
+        """Build the layers for images of so many channels; a checkpoint has the weights."""
         super().__init__()
         self.features = make_layers(cfgs["D"])
+        self.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
         for conv in self.features:
             if isinstance(conv, nn.Conv2d):
                 c2_msra_fill(conv)
