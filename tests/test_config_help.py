@@ -23,12 +23,21 @@ KEYS = {item.key: item for item in config_help()}
 GUIDE = (ROOT / "docs/config.md").read_text()
 # Of projects with a config.py of their own, to which their README refers.
 OF_PROJECTS = ("MODEL.FCOS.", "MODEL.SSD.", "INPUT.SSD_AUG")
-CODE = "\n".join(
-    path.read_text()
-    for pattern in ("iou_balanced_d2/**/*.py", "projects/*/*/*.py", "*.py", "tools/*.py")
-    for path in ROOT.glob(pattern)
-    if path.name not in ("defaults.py", "config.py", "options.py")  # where the keys are set
-)
+
+
+def code_of(*patterns):
+    return "\n".join(
+        path.read_text()
+        for pattern in patterns
+        for path in ROOT.glob(pattern)
+        if path.name not in ("defaults.py", "config.py", "options.py")  # where the keys are set
+    )
+
+
+CODE = code_of("iou_balanced_d2/**/*.py", "*.py", "tools/*.py")
+OF_PROJECT = {
+    path.name: code_of(f"projects/{path.name}/*/*.py") for path in ROOT.glob("projects/*")
+}
 
 
 def flat(cfg, prefix=""):
@@ -95,10 +104,15 @@ def test_every_key_that_is_added_is_there_with_its_default():
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_has_a_meaning_and_is_used(key):
     assert KEYS[key].meaning
-    name = key.rpartition(".")[2]
-    # The losses' keys are handed on as arguments of the same name in lower case.
-    used = name.lower() if key.startswith("MODEL.IOU_BALANCED.") else name
-    assert re.search(rf"\b{used}\b", CODE)
+    *_, section, name = key.split(".")
+    if section == "IOU_BALANCED":  # handed on as arguments of the same name in lower case
+        used, code = name.lower(), CODE
+    elif key.startswith(OF_PROJECTS):
+        (code,) = (code for project, code in OF_PROJECT.items() if project in key)
+        used = rf"({section}|keys)\.{name}"
+    else:
+        used, code = rf"{section}\.{name}", CODE
+    assert re.search(rf"\b{used}\b", code)
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if not key.startswith(OF_PROJECTS)])

@@ -105,8 +105,3 @@ def test_the_ablation_config_is_the_papers_set_up():
     assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ((600,), 1000)
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (600, 1000)
     assert solver.CLIP_GRADIENTS.CLIP_VALUE == 35.0
-
-
-def test_unknown_config_name_raises_as_in_detectron2():
-    with pytest.raises(RuntimeError, match=r"nothing\.yaml not available"):
-        get_config_file("nothing.yaml")

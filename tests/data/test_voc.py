@@ -21,10 +21,13 @@ from iou_balanced_d2.data import (
     training_dicts,
 )
 from iou_balanced_d2.data.conversion import register_converted
+from iou_balanced_d2.data.loading import load_training_dicts
 from iou_balanced_d2.data.voc import VOC_CLASSES, VocSource, parse_voc_xml, register_voc
-from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.engine import Trainer, load_config
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.model_zoo import get_config_file
+
+from ..toy import toy_config
 
 BCCD = Path(__file__).parent.parent.parent.parent / "shared/data/bccd"
 
@@ -152,6 +155,27 @@ def test_the_policy_in_training(folder, policy, left):
     if policy != "count":
         assert all(a["difficult"] == 0 for d in kept for a in d["annotations"])
     assert json.dumps(dicts) == before, "those given are not changed"
+
+
+@pytest.mark.parametrize(
+    ("policy", "trained", "evaluated", "ignored"),
+    [("ignore", 3, 4, 1), ("drop", 3, 3, 0), ("count", 4, 4, 0)],
+)
+def test_training_and_evaluation_follow_the_config(
+    tmp_path, own_data, policy, trained, evaluated, ignored
+):
+    content = json.loads(Path(own_data[0]).read_text())
+    content["annotations"][2]["difficult"] = 1
+    Path(own_data[0]).write_text(json.dumps(content))
+    cfg = toy_config(
+        "DATASETS.COCO_JSON", [["own", *own_data]], "DATASETS.TRAIN", ("own",),
+        "DATASETS.VOC_DIFFICULT", policy, "OUTPUT_DIR", str(tmp_path / "out"),
+    )  # fmt: skip
+    register_datasets_of(cfg)
+    assert sum(len(d["annotations"]) for d in load_training_dicts(cfg)) == trained
+    ground_truth = Trainer.build_evaluator(cfg, "own")._ground_truth
+    assert len(ground_truth.boxes) == evaluated
+    assert ground_truth.ignored.sum() == ignored
 
 
 def test_the_policy_leaves_other_data_sets_alone():
@@ -287,7 +311,7 @@ def encoded(path, encoding, head=""):
 
     def change(folder):
         file = folder / path
-        file.write_bytes((head + file.read_text()).encode(encoding))
+        file.write_bytes((head + file.read_text(encoding="utf-8")).encode(encoding))
 
     return change
 
@@ -315,6 +339,8 @@ HABITS = {
 
 @pytest.mark.parametrize("case", HABITS)
 def test_what_people_bring_is_read_as_meant(folder, case):
+    file = folder / XML
+    file.write_text(file.read_text().replace("dog", "犬"), encoding="utf-8")
     register_voc_folder("own", str(folder), "train")
     prepare_dataset("own")
     expected = json.loads(Path(MetadataCatalog.get("own").json_file).read_text())

@@ -19,15 +19,17 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch import nn
 
+from iou_balanced_d2.arguments import parse
 from iou_balanced_d2.engine.checkpoint import RobustCheckpointer, checkpoint_files
-from iou_balanced_d2.engine.checks import check_training, check_weights
-from iou_balanced_d2.engine.main import evaluate
+from iou_balanced_d2.engine.checks import check_training
+from iou_balanced_d2.engine.main import evaluate, main
 from iou_balanced_d2.engine.safe_load import BrokenCheckpoint, read_checkpoint
 from iou_balanced_d2.engine.trainer import Trainer
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.files import remove_unfinished, write_atomically
+from iou_balanced_d2.model_zoo import get_config_file
 
-from ..toy import toy_config, toy_model
+from ..toy import CONFIG, toy_config, toy_model
 
 R50 = Path(__file__).parents[3] / "shared/weights/R-50.pkl"
 
@@ -124,10 +126,6 @@ def test_files_to_resume_from(tmp_path):
     assert names() == ["model_0000007.pth", "model_0000003.pth"]
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     assert names()[:2] == ["model_final.pth", "model_0000011.pth"]
-    cfg = toy_config("OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "gone.pth")
-    check_weights(cfg, resume=True, eval_only=True)
-    with pytest.raises(UserError, match=r"'gone.pth' not found"):
-        check_weights(cfg, resume=False, eval_only=False)
 
 
 def test_a_kill_while_writing_leaves_what_was_there(tmp_path):
@@ -206,6 +204,24 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_trusted_files_are_read_whole(tmp_path, suffix):
     read_checkpoint(str(write_malicious(tmp_path, suffix)), trust=True)
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_files_are_trusted_by_the_flag_alone(tmp_path, monkeypatch, flags):
+    cfg = toy_config(
+        "MODEL.WEIGHTS", str(write_malicious(tmp_path, ".pkl")),
+        "OUTPUT_DIR", str(tmp_path / "out"), "SEED", 1,
+    )  # fmt: skip
+    monkeypatch.setattr(Trainer, "build_model", staticmethod(lambda cfg: nn.PReLU(2)))
+    monkeypatch.setattr(Trainer, "build_train_loader", lambda trainer, cfg: [[{}]])
+    monkeypatch.setattr(Trainer, "train", lambda trainer: {})
+    monkeypatch.setattr(Trainer, "test", lambda cfg, model: {})
+    flags = [*flags, "--config-file", get_config_file(CONFIG)]
+    with pytest.raises(UserError, match="--trust-checkpoint"):
+        main(cfg, parse("train", flags))
+    assert not (tmp_path / "made").exists()
+    main(cfg, parse("train", ["--trust-checkpoint", *flags]))
     assert (tmp_path / "made").exists()
 
 

@@ -128,7 +128,8 @@ def test_missing_weights_are_named(tmp_path):
     check_weights(cfg, resume=False, eval_only=False)
     assert "nothing to evaluate" in refusal(check_weights, cfg, resume=True, eval_only=True)
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    check_weights(cfg, resume=True, eval_only=True)
+    for cfg.MODEL.WEIGHTS in ("", "gone.pth"):
+        check_weights(cfg, resume=True, eval_only=True)
 
 
 @pytest.mark.parametrize(

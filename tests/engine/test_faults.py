@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_balanced_d2.engine.faults import lost_connection, user_error
-from iou_balanced_d2.engine.signals import Stopped, StopSignals
+from iou_balanced_d2.engine.signals import ONE_SIGNAL, Stopped, StopSignals
 from iou_balanced_d2.engine.train_step import StepTrainer, share
 from iou_balanced_d2.errors import UserError
 
@@ -256,13 +256,21 @@ def test_signals_are_shared_with_the_losses():
 
 
 def test_signals_are_ignored_while_stopping():
-    signals = StopSignals()
-    with signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped):
-            signals.check()
-        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), signum)
+    """Also a later one of the same kind, which ended the process before; so in one of its own."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            with StopSignals() as signals:
+                os.kill(os.getpid(), signal.SIGTERM)
+                with pytest.raises(Stopped):
+                    signals.check()
+                signals._when -= 2 * ONE_SIGNAL
+                for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                    os.kill(os.getpid(), signum)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_an_interruptible_function_stops_for_an_earlier_signal():

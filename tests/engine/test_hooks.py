@@ -12,11 +12,13 @@ import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from iou_balanced_d2.engine.checkpoint import LossState
+from iou_balanced_d2.engine.checks import check_best_metric
 from iou_balanced_d2.engine.console import FirstIterations
 from iou_balanced_d2.engine.hooks import (
     BestCheckpointer,
@@ -26,19 +28,22 @@ from iou_balanced_d2.engine.hooks import (
     validation_losses,
 )
 from iou_balanced_d2.engine.trainer import Trainer
+from iou_balanced_d2.errors import UserError
 
 from ..toy import THIN, toy_batch, toy_config, toy_model
 
-NAME = "hooked"
+NAME, OTHER = "hooked", "hooked_too"
 
 
 @pytest.fixture
 def cfg(tmp_path, own_data):
     """A toy training of 6 steps, 2 images each, on 4 images of one's own."""
-    register_coco_instances(NAME, {}, *own_data)
+    for name in (NAME, OTHER):
+        register_coco_instances(name, {}, *own_data)
     yield config_of(tmp_path)
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    for name in (NAME, OTHER):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def config_of(folder):
@@ -134,6 +139,63 @@ def test_a_kill_before_the_best_is_saved_forgets_it(cfg, tmp_path, monkeypatch):
     assert not (tmp_path / "out/model_best.json").exists()
 
 
+class Scores(DatasetEvaluator):
+    """Gives these values of AP75, one after the other, whatever is detected."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def process(self, inputs, outputs):
+        pass
+
+    def evaluate(self):
+        return {"bbox": {"AP75": self.values.pop(0)}}
+
+
+def test_the_best_is_that_of_the_test_set_named(cfg, tmp_path):
+    cfg.merge_from_list(
+        ["DATASETS.TEST", (NAME, OTHER), "TEST.BEST_METRIC", f"{OTHER}/bbox/AP75",
+         "TEST.EVAL_PERIOD", 2]
+    )  # fmt: skip
+    evaluators = {NAME: Scores([90.0, 10.0, 10.0]), OTHER: Scores([10.0, 30.0, 20.0])}
+
+    class Scripted(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            return evaluators[dataset_name]
+
+    (tmp_path / "out").mkdir()
+    Scripted(cfg).train()
+    assert best_of(cfg)["iteration"] == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_one"),
+    [
+        (f"{NAME}/bbox/AP75", True),
+        (f"{OTHER}/bbox/AP-circle", True),
+        (f"ema/{OTHER}/bbox/APs", True),
+        (f"tta/{NAME}/bbox/AP50", True),
+        ("bbox/AP75", False),
+        ("ema/bbox/AP75", False),
+        (f"{NAME}/ema/bbox/AP75", False),
+        ("hooked_one/bbox/AP75", False),
+    ],
+)
+def test_metrics_of_several_test_sets_name_one(cfg, metric, is_one):
+    cfg.merge_from_list(
+        ["DATASETS.TEST", (NAME, OTHER), "TEST.BEST_METRIC", metric, "MODEL.EMA.ENABLED", True,
+         "TEST.AUG.ENABLED", True]
+    )  # fmt: skip
+    for name in (NAME, OTHER):
+        DatasetCatalog.get(name)  # from here on its classes are known
+    if is_one:
+        check_best_metric(cfg)
+    else:
+        with pytest.raises(UserError, match=r"did you mean '.*hooked(_too)?/bbox/AP75'"):
+            check_best_metric(cfg)
+
+
 def test_a_metric_of_the_end_is_looked_for_at_the_end(cfg):
     cfg.merge_from_list(["TEST.BEST_METRIC", "tta/bbox/AP", "TEST.EVAL_PERIOD", 2])
     (hook,) = (h for h in Trainer(cfg)._hooks if isinstance(h, BestCheckpointer))
@@ -183,8 +245,9 @@ def test_validation_losses_are_logged_and_can_be_the_metric(cfg, tmp_path):
 
 
 def test_validation_losses_are_the_training_losses_in_inference_mode(cfg):
-    """Of the same images, with normalisation as in inference: by hand, batch by batch."""
+    """Of the same images, normalisation and dropout as in inference: by hand, batch by batch."""
     model = toy_model("MODEL.RETINANET.NUM_CLASSES", 2)
+    model.head.cls_subnet.append(nn.Dropout(0.5))
     loader = build_validation_loader(cfg)
     result = validation_losses(model, loader, 2)["validation"]
     model.eval()

@@ -14,7 +14,7 @@ from torch import nn
 from iou_balanced_d2.engine.checkpoint import LossState, RobustCheckpointer
 from iou_balanced_d2.engine.main import evaluate
 from iou_balanced_d2.engine.optimizer import WeightsAverage
-from iou_balanced_d2.engine.safe_load import BrokenCheckpoint, weights_of
+from iou_balanced_d2.engine.safe_load import weights_of
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.engine.trainer import Trainer
 from iou_balanced_d2.errors import UserError
@@ -245,10 +245,20 @@ def test_what_is_no_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "fifo.pth", "/dev/zero", tmp_path / "a\0b"):
         assert "can't be read: " in refusal(trained().load, str(path))
     (tmp_path / "model_0000003.pth").mkdir()
-    for tag in (b"model_0000003.pth", b"\xff\xfe", b"a\0b", b"../../etc/passwd"):
-        (tmp_path / "last_checkpoint").write_bytes(tag)
-        with pytest.raises(BrokenCheckpoint if tag == b"" else UserError):
-            trained(tmp_path).resume_or_load("", resume=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    message = refusal(trained(tmp_path).resume_or_load, "", resume=True)
+    assert "model_0000003.pth' can't be read: " in message
+    assert message.endswith("--overwrite starts anew")
+
+
+@pytest.mark.parametrize("tag", [b"\xff\xfe", b"a\0b", b"/etc/passwd", b"gone.pth", b"model_9.pth"])
+def test_a_last_checkpoint_that_names_none_is_passed_over(tmp_path, caplog, tag):
+    trained(tmp_path).save("model_0000003", iteration=3)
+    (tmp_path / "last_checkpoint").write_bytes(tag)
+    assert trained(tmp_path).resume_or_load("", resume=True) == {"iteration": 3}
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "can't be read: " in warning
+    assert "\n" not in warning
 
 
 def test_a_script_of_torch_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """OUTPUT_DIR: one training at a time, nothing overwritten without a word, no way out of it."""
 
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from iou_balanced_d2.engine import run_folder
+from iou_balanced_d2.arguments import parse
+from iou_balanced_d2.engine import Trainer, main, run_folder
 from iou_balanced_d2.engine.run_folder import check_output_dir, check_unused, one_training
 from iou_balanced_d2.errors import UserError
+from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import ROOT, run
+from ..toy import CONFIG, toy_config
 
 
 def arguments(**changes):
@@ -107,6 +111,19 @@ def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):
         os._exit(0)
     assert enter(tmp_path, resume=True)
     process.wait()
+
+
+def test_an_evaluation_takes_no_lock(tmp_path, monkeypatch):
+    def held_by_another(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", held_by_another)
+    monkeypatch.setattr(Trainer, "test", lambda cfg, model: {"bbox": {"AP": 1.0}})
+    with pytest.raises(UserError, match="another training"):
+        enter(tmp_path)
+    cfg = toy_config("OUTPUT_DIR", str(tmp_path), "SEED", 1)
+    args = parse("train", ["--eval-only", "--config-file", get_config_file(CONFIG)])
+    assert main(cfg, args) == {"bbox": {"AP": 1.0}}
 
 
 def test_disks_without_locks_are_a_warning(tmp_path, monkeypatch, caplog):

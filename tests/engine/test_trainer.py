@@ -9,7 +9,7 @@ from iou_balanced_d2.engine.checkpoint import LossState
 from iou_balanced_d2.engine.train_step import StepTrainer
 from iou_balanced_d2.engine.trainer import Trainer
 
-from ..toy import toy_config, toy_model
+from ..toy import toy_batch, toy_config, toy_model
 
 
 def test_full_model_clips_the_norm_of_all_gradients_together():
@@ -48,6 +48,28 @@ def test_a_plain_detectors_checkpoint_leaves_the_state_fresh():
     LossState(nn.Linear(1, 1)).load_state_dict(state)  # the other way round
     with pytest.raises(ValueError, match="longer"):
         LossState(model).load_state_dict({"losses": state["losses"] * 2})
+
+
+def test_the_schedule_is_scaled_to_the_number_of_processes(monkeypatch):
+    """One of two processes, in one: half the batch and rate, twice the iterations."""
+    cfg = toy_config(
+        "SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.02,
+        "SOLVER.MAX_ITER", 30, "SOLVER.STEPS", (10, 20), "SOLVER.WARMUP_ITERS", 0,
+    )  # fmt: skip
+    batches = []
+
+    def build_train_loader(trainer, cfg):
+        batches.append(cfg.SOLVER.IMS_PER_BATCH)
+        return [toy_batch()]
+
+    monkeypatch.setattr(Trainer, "build_train_loader", build_train_loader)
+    trainer = Trainer(cfg)
+    assert batches == [2]
+    assert trainer.max_iter == 60
+    rates = []
+    for trainer.scheduler.last_epoch in (0, 19, 20, 39, 40, 59):
+        rates += trainer.scheduler.get_lr()[:1]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
 
 def test_a_model_may_return_one_loss():

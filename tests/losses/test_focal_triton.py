@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,13 +60,22 @@ def test_kernels_on_the_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_loss_on_the_gpu_uses_the_kernels_and_is_deterministic():
+def test_loss_on_the_gpu_uses_the_kernels_and_is_deterministic(monkeypatch):
     from iou_balanced_d2.losses import focal, sigmoid_focal_loss
 
     logits = torch.randn(50_000, 80, device="cuda", requires_grad=True)
     labels = torch.randint(-1, 81, (50_000,), device="cuda")
+    kernels = focal._triton_kernels(logits.device)
+    assert kernels is not None
+    background_sum, calls = kernels.background_sum, []
+
+    def counted(*inputs):
+        calls.append(inputs)
+        return background_sum(*inputs)
+
+    monkeypatch.setattr(kernels, "background_sum", counted)
     losses = [sigmoid_focal_loss(logits, labels) for _ in range(3)]
-    assert focal._triton_kernels(torch.device("cuda", 0)) is not None
+    assert len(calls) == 3
     assert losses[0] == losses[1] == losses[2]
     cpu = logits.detach().cpu().requires_grad_()
     expected = sigmoid_focal_loss(cpu, labels.cpu())
@@ -73,6 +83,25 @@ def test_loss_on_the_gpu_uses_the_kernels_and_is_deterministic():
     losses[0].backward()
     expected.backward()
     torch.testing.assert_close(logits.grad.cpu(), cpu.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "on_gpu", "by_kernels"),
+    [
+        (torch.float32, True, True),
+        (torch.float16, True, True),
+        (torch.bfloat16, True, True),
+        (torch.float64, True, False),
+        (torch.float32, False, False),
+    ],
+)
+def test_which_logits_go_to_the_kernels(monkeypatch, dtype, on_gpu, by_kernels):
+    from iou_balanced_d2.losses import focal
+
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(focal, "_triton_kernels", lambda device: f"kernels of {device}")
+    logits = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, device=device)
+    assert focal._kernels_for(logits) == ("kernels of cuda:1" if by_kernels else None)
 
 
 def need_triton():
