@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -229,3 +230,66 @@ def test_commands_run(path, folder):
         if not command.is_marked:
             assert command.words[0] == "python", f"{command.words}: neither run here nor marked"
             run(command.words[1:], folder)
+
+
+def lines_after(text, path):
+    """The code of a document that stands indented behind a text."""
+    (code,) = re.findall(rf"{text}\n\n((?:    .*\n)+)", path.read_text())
+    return textwrap.dedent(code)
+
+
+CONFIG = 'load_config("my.yaml", ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", "own", "SEED", "1"])'
+# Document -> lines that call what its Python code defines, in the folder with all that is needed.
+CALLS = {
+    "DATASETS.md": f"""
+from iou_balanced_d2.data import check_datasets
+from iou_balanced_d2.engine import load_config
+{lines_after("is trained by", ROOT / "DATASETS.md").replace('load_config("my.yaml")', CONFIG)}
+assert os.path.exists("own/model_final.pth")
+""",
+    "docs/alignment.md": """
+os.chdir("data/vehicles")
+report("valid.json", "../../a.json")
+assert os.path.exists("report/index.html")
+""",
+    "docs/comparing_runs.md": """
+report(["output/baseline", "output/baseline_seed1"], ["output/both_seed1"], "compared")
+assert os.path.exists("compared/comparison.html")
+""",
+    "docs/evaluation.md": f"""
+from iou_balanced_d2.data import check_datasets
+from iou_balanced_d2.engine import Trainer, load_config
+cfg = {CONFIG}
+check_datasets(cfg, training=False)
+loader = Trainer.build_test_loader(cfg, "vehicles_valid")
+results = evaluate(Trainer.build_model(cfg), loader, "vehicles_valid", "evaluated")
+assert results["bbox"]["AP"] >= 0
+""",
+    "docs/export.md": """
+import cv2, numpy as np
+image = cv2.imread("photo.jpg").transpose(2, 0, 1).astype(np.float32)
+boxes, scores, classes = detect(image)
+assert boxes.shape == (len(scores), 4)
+assert len(scores) == len(classes) > 0
+""",
+    "docs/robustness.md": f"""
+import itertools
+from iou_balanced_d2.engine import load_config
+cfg = {CONFIG}
+batches = {{i: list(itertools.islice(batches_from(cfg, i), 4)) for i in (0, 2)}}
+names = {{i: [[x["file_name"] for x in batch] for batch in batches[i]] for i in batches}}
+assert names[2][:2] == names[0][2:]
+assert all(len(batch) == 2 for batch in names[0])
+""",
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functions_run(name, folder):
+    path, script = ROOT / name, f"calls_of_{Path(name).stem}.py"
+    if name == "docs/export.md":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        test_commands_run(path, folder)  # of which one writes the file
+    code = "\n".join(["import os", *blocks(path, "python"), CALLS[name]])
+    (folder / script).write_text(code)
+    run((script,), folder)

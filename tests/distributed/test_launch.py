@@ -229,10 +229,11 @@ def test_two_processes_stop_on_ctrl_c_resume_and_do_not_outlive_the_launcher(
     tag = tmp_path / "out/last_checkpoint"
     saved = tag.read_text()
 
-    process = start(*words)
-    wait_for(lambda: tag.read_text() != saved, process)
+    process = start(*words, "SOLVER.CHECKPOINT_PERIOD", "100000")
+    wait_for(lambda: printed(tmp_path).count("First iteration done") == 2, process)
     workers = workers_of(process.pid)
     assert len(workers) == 2
+    assert tag.read_text() == saved
     process.kill()
     process.wait()
     until = time.monotonic() + 60
@@ -240,6 +241,8 @@ def test_two_processes_stop_on_ctrl_c_resume_and_do_not_outlive_the_launcher(
         assert time.monotonic() < until, "processes outlive what has started them"
         time.sleep(0.1)
     assert f"Loading from out/{saved}" in printed(tmp_path)
+    assert tag.read_text() > saved, "no checkpoint when the launcher has died"
+    assert (tmp_path / "out" / tag.read_text()).exists()
 
 
 def free_port():

@@ -1,6 +1,7 @@
 """Carrying out a protocol, with a training script that takes no time."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -338,6 +339,28 @@ def test_an_end_from_outside_ends_the_runs(tmp_path):
     assert process.wait(60) != 0
     pid = pid_file.read_text()
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), seconds=30)
+
+
+@pytest.mark.slow  # two trainings
+def test_the_trainings_are_those_of_train_net(tmp_path, own_config):
+    """None of the fake ones of the other tests."""
+    config = yaml.safe_load(own_config.read_text())
+    config["SOLVER"] |= {"MAX_ITER": 2, "STEPS": [1]}
+    own_config.write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(ROOT / "tools/reproduce.py"), "--config-file", "own.yaml"]
+    command += ["--seeds", "1", "--records", "evidence"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "own, against baseline:" in done.stdout
+    assert (tmp_path / "output/own/own/results.md").is_file()
+    for variant in ("baseline", "both"):
+        folder = tmp_path / "output/own/own" / variant / "seed1"
+        assert json.loads((folder / "run.json").read_text())["exit_code"] == 0
+        assert (folder / "model_final.pth").is_file()
+        record = json.loads((tmp_path / f"evidence/own-{variant}-seed1.json").read_text())
+        assert (record["variant"], record["seed"]) == (variant, 1)
+        assert record["metrics"]["AP"] >= 0
 
 
 def wait_for(condition, seconds):
