@@ -38,7 +38,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if key not in keys:
             raise UserError(_unknown_key(key, keys))
     try:
-        _check_size(config_file)
+        _check_file(config_file)
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except Exception as error:
         raise UserError(f"config file {config_file!r}: {_explain(error, keys)}") from error
@@ -101,8 +101,8 @@ def settings(config_file: str, opts: Sequence[str] = ()) -> Iterator[tuple[str, 
         yield from ((key, lower[key]) for key in changed)
 
 
-def _check_size(path: str, *above: str) -> None:
-    """Refuse a file that takes forever to read, or whose _BASE_ does.
+def _check_file(path: str, *above: str) -> None:
+    """Refuse a file of no known VERSION or that takes forever to read, or whose _BASE_ is so.
 
     Raises:
         ValueError, yaml.YAMLError: saying why.
@@ -110,10 +110,13 @@ def _check_size(path: str, *above: str) -> None:
     if os.path.realpath(path) in above:
         raise ValueError(f"its _BASE_ {path!r} leads back to itself")
     content = read_yaml(path)
-    base = content.get("_BASE_") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    if (version := content.get("VERSION", 2)) not in (1, 2):
+        raise ValueError(f"VERSION must be 1 or 2, got {version!r}")
+    base = content.get("_BASE_")
     if isinstance(base, str) and "://" not in base:
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-        _check_size(base, os.path.realpath(path), *above)
+        _check_file(base, os.path.realpath(path), *above)
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,6 +129,8 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown_key(key: str, keys: set[str]) -> str:
+    if key in keys:
+        return f"{key!r} is a key of VERSION 2, which the file does not say it is of"
     close = difflib.get_close_matches(key, keys, n=1)
     return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 

@@ -54,6 +54,21 @@ def test_broken_files_are_explained(tmp_path, text, expected):
     assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("1", "'MODEL.ANCHOR_GENERATOR.SIZES' is a key of VERSION 2"),
+        ("3", "VERSION must be 1 or 2, got 3"),
+        ("[1]", "VERSION must be 1 or 2, got [1]"),
+        ("two", "VERSION must be 1 or 2, got 'two'"),
+    ],
+)
+def test_the_version_is_named(tmp_path, version, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"VERSION: {version}\nMODEL: {{ANCHOR_GENERATOR: {{SIZES: [[32]]}}}}\n")
+    assert expected in refusal(load_config, str(path))
+
+
 def test_empty_and_missing_files_are_explained(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     assert "empty.yaml" in refusal(load_config, str(tmp_path / "empty.yaml"))
