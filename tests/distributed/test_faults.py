@@ -228,7 +228,7 @@ def test_an_evaluation_of_two_processes_is_broken_off_at_once(own_config):
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, err
     assert out.count("stopped by SIGTERM at iteration 1; --resume goes on") == 1
-    assert "Traceback" not in out + err
+    assert "Traceback" not in out + err, out + err
     folder = own_config.parent / "out"
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
     assert state(folder / "model_0000001.pth")["iteration"] == 1
