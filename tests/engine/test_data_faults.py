@@ -1,7 +1,6 @@
 """Images that break in the middle of training: the run ends with one line that names them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ def run(monkeypatch, capfd, caplog):
     def call(*args, cwd):
         forget_own_data()
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, args)])
         with caplog.at_level("INFO"):
-            code = run_command("train")
+            code = run_command("train", [str(x) for x in args])
         out, err = capfd.readouterr()
         return code, out + caplog.text, err
 

@@ -31,6 +31,14 @@ from .measures import (
 from .thresholds import best_thresholds, confusion_matrix
 
 CALIBRATED_AT = (50, 75, 90)
+# Fewer objects than this: another test set may well say something else.
+_FEW_OBJECTS = 100
+# AP points: less is not worth a training.
+_LITTLE = 1.0
+# A gap so many times the other one is worked on first.
+_CLEARLY = 2.0
+_SCORE = "the IoU-balanced classification loss (MODEL.IOU_BALANCED.CLS_ETA)"
+_BOX = "the IoU-balanced box loss (MODEL.IOU_BALANCED.LOC_LAMBDA)"
 
 
 @dataclass(frozen=True)
@@ -137,16 +145,6 @@ def _by_class(
             "correlation": correlations(detections.scores[rows][chosen], iou[rows][chosen]),
         }
     return found
-
-
-# Fewer objects than this: another test set may well say something else.
-_FEW_OBJECTS = 100
-# AP points: less is not worth a training.
-_LITTLE = 1.0
-# A gap so many times the other one is worked on first.
-_CLEARLY = 2.0
-_SCORE = "the IoU-balanced classification loss (MODEL.IOU_BALANCED.CLS_ETA)"
-_BOX = "the IoU-balanced box loss (MODEL.IOU_BALANCED.LOC_LAMBDA)"
 
 
 def verdict(results: Mapping[str, Any]) -> str:

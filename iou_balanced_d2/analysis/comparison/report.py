@@ -18,6 +18,7 @@ from .compare import Comparison, SideResult
 from .statistics import Difference, format_number, format_p
 
 _DIFFERENCE_HEADERS = ("metric", "difference", "95 % interval", "p", "std. error", "detectable")
+_THRESHOLDS = slice(1, 1 + len(IOU_PERCENT))  # of the metrics
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> None:
@@ -182,9 +183,6 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         }
     )
     return content
-
-
-_THRESHOLDS = slice(1, 1 + len(IOU_PERCENT))  # of the metrics
 
 
 def ap_over_iou(comparison: Comparison) -> Figure:
