@@ -4,6 +4,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from torch.utils._pytree import tree_flatten
 
 from iou_balanced_d2 import add_iou_balanced_config
 from iou_balanced_d2.model_zoo import get_config_file
@@ -15,6 +16,15 @@ THIN = [
     "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.STEM_OUT_CHANNELS", 4,
 ]  # fmt: skip
+
+
+def assert_same_state(one, other):
+    """Compare training states, nested dicts of tensors, numbers and words, bit for bit."""
+    for x, y in zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True):
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+        else:
+            assert x == y
 
 
 def toy_config(*opts, config=CONFIG):

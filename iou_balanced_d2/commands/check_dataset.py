@@ -30,6 +30,7 @@ from ..data.coco_format import REPAIRS
 from ..data.inspection import FATAL, PROBLEMS, Report, inspect
 from ..engine import load_config
 from ..files import make_folder
+from ..modeling.w_loc import MIN_BALANCED_SHARE
 
 
 def check(
@@ -76,7 +77,13 @@ def print_anchors(cfg: CfgNode, content: dict[str, Any]) -> None:
     print(f": too few; {anchor_advice(cfg, content)}" if too_few else "")
     options = loss_options(cfg)
     if options.loc_lambda and not options.loc_weight and options.loc_weight_rule == "anchors":
-        print(f"w_loc to expect: {expected_w_loc(cfg, content):.2f} (the paper's: 2.34 and 3.05)")
+        w_loc = expected_w_loc(cfg, content)
+        verdict = "the paper's: 2.34 and 3.05"
+        if w_loc * MIN_BALANCED_SHARE > 1:
+            verdict = (
+                "too large, so the box loss would stay plain: set MODEL.IOU_BALANCED.LOC_WEIGHT"
+            )
+        print(f"w_loc to expect: {w_loc:.2f} ({verdict})")
 
 
 def draw(name: str, folder: str, most: int) -> None:

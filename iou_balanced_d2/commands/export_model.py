@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import AugInput
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import Tensor
 
 from ..data import known_classes, register_datasets_of
@@ -27,6 +27,7 @@ from ..engine.checks import check_weights
 from ..engine.rehearsal import check_build
 from ..errors import UserError
 from ..files import make_folder
+from ..modeling import interface_of
 from ..modeling.export import (
     OUTPUT_NAMES,
     Detections,
@@ -90,13 +91,17 @@ def check(path: str, expected: Detections, image: Tensor) -> str:
     return f"{verdict}: {len(found[0])} detections, largest difference: {words}"
 
 
-def describe(cfg: CfgNode) -> dict[str, object]:
-    """What a user of the file has to know."""
+def describe(cfg: CfgNode, image: Tensor) -> dict[str, object]:
+    """What a user of the file has to know; ``image`` is one, resized as in evaluation."""
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    sizes = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST]
+    if interface_of(detector).build_augmentation(cfg, is_train=False) is not None:
+        sizes = sorted(image.shape[1:])  # its own fixed size
     return {
         "input": f"image: ({len(cfg.MODEL.PIXEL_MEAN)}, H, W) float32, values 0 to 255, one image",
         "channels": cfg.INPUT.FORMAT,
-        "min_size": cfg.INPUT.MIN_SIZE_TEST,
-        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "min_size": sizes[0],
+        "max_size": sizes[1],
         "outputs": "boxes (D, 4) XYXY in pixels of the input, scores (D,), classes (D,)",
         "class_names": known_classes(cfg),
     }
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     name, write = FORMATS[args.format]
     path = os.path.join(args.output, name)
     write(plain, image, path)
-    description = describe(cfg)
+    description = describe(cfg, image)
     if not description["class_names"]:
         print("export_model.py: warning: model.json has no class names, as no data set of the "
               "config that can be read here has as many classes", file=sys.stderr)  # fmt: skip

@@ -145,8 +145,10 @@ def _see_blank_image(cfg: CfgNode, model: nn.Module, *, is_train: bool, on_gpu: 
         if losses and is_train and (metric := cfg.TEST.BEST_METRIC).startswith("validation/"):
             check_name(metric, [f"validation/{name}" for name in (*losses, "total_loss")])
         tta = cfg.TEST.AUG.ENABLED and not is_train
-        if tta and not DenseDetectorWithTTA(cfg, model).tta_mapper(inputs):
+        if tta and not (versions := DenseDetectorWithTTA(cfg, model).tta_mapper(inputs)):
             raise ValueError("test-time augmentation without any version of the image")
+        for version in versions if tta else ():
+            model.preprocess_image([version])  # SSD takes one size alone
 
 
 def _blank_record(file: IO[bytes]) -> dict[str, Any]:

@@ -37,11 +37,17 @@ def _powered(iou: Tensor, name: str, power: float) -> Tensor:
 
 @torch.no_grad()
 def plain_and_balanced_sums(
-    iou: Tensor, loss: Tensor, *, power: float, group: Tensor | None = None
+    iou: Tensor,
+    loss: Tensor,
+    *,
+    power: float,
+    group: Tensor | None = None,
+    num_groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two sums of eq. 2, 4 and 5 over (P,): sum(loss) and sum(iou^power * loss).
 
-    They are scalars, or (G,) for G groups, ``group`` being (P,) int64 >= 0.
+    They are scalars, or (G,) for G groups, ``group`` being (P,) int64 from 0 to G - 1; to find G,
+    where it is None, the host waits for the device.
     """
     _check_rows(iou=iou, loss=loss, **({} if group is None else {"group": group}))
     iou, loss = at_least_float32(iou), at_least_float32(loss)
@@ -49,7 +55,9 @@ def plain_and_balanced_sums(
     if group is None:
         return loss.sum(), balanced.sum()
     # A GPU adds in any order; after float64 that hardly ever shows in float32.
-    zeros = loss.new_zeros(int(group.max()) + 1 if len(group) else 0, dtype=torch.float64)
+    if num_groups is None:
+        num_groups = int(group.max()) + 1 if len(group) else 0
+    zeros = loss.new_zeros(num_groups, dtype=torch.float64)
     plain, balanced = (zeros.index_add(0, group, x.double()) for x in (loss, balanced))
     return plain.to(loss.dtype), balanced.to(loss.dtype)
 
@@ -68,6 +76,7 @@ def iou_balanced_cls_weights(
     *,
     eta: float,
     group: Tensor | None = None,
+    num_groups: int | None = None,
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Weights of the positives' classification loss, eq. 2 of the paper.
@@ -82,6 +91,8 @@ def iou_balanced_cls_weights(
         eta: power >= 0; 0 gives weights of 1, the plain loss. The paper's best: 1.5.
         group: (P,) int64 >= 0 or None. The sum is kept within each group, e.g. each pyramid
             level or each image; None is one group, the equation as written.
+        num_groups: number of groups, above the largest of ``group``; None finds it, for which the
+            host waits for the device.
         sums: scalars, the two sums of eq. 2 (:func:`plain_and_balanced_sums`) over more positives
             than these, such as those of all processes; None takes them over these.
 
@@ -97,7 +108,7 @@ def iou_balanced_cls_weights(
     iou = iou.to(cls_loss.dtype)
     powered = _powered(iou, "eta", eta)
     if sums is None:
-        sums = plain_and_balanced_sums(iou, cls_loss, power=eta, group=group)
+        sums = plain_and_balanced_sums(iou, cls_loss, power=eta, group=group, num_groups=num_groups)
     scale = _sum_keeping_scale(sums[0].to(powered.dtype), sums[1].to(powered.dtype))
     if group is not None:
         scale = scale[group]

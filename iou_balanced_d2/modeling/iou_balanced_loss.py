@@ -63,6 +63,7 @@ class IoUBalancedLoss(nn.Module):
     """
 
     num_pos_ema: Tensor
+    num_background_scores = 0  #: columns of the logits beside those of the K classes
 
     def __init__(
         self,
@@ -152,8 +153,12 @@ class IoUBalancedLoss(nn.Module):
             "loss_cls" and "loss_box_reg", float32 scalars, and the extra losses.
 
         Raises:
-            ValueError: if a label is above K.
+            ValueError: if a label is above K, or the logits are not of K classes.
         """
+        num_columns = self.num_classes + self.num_background_scores
+        columns = [x.shape[-1] for x in pred_logits]
+        if set(columns) - {num_columns}:
+            raise ValueError(f"expected logits of {num_columns} columns, got {columns}")
         level_sizes = [len(level) for level in anchors]
         positives = find_positives(gt_labels, level_sizes, self.num_classes)
         flat_logits = [x.flatten(0, 1) for x in pred_logits]
@@ -194,7 +199,10 @@ class IoUBalancedLoss(nn.Module):
         scope = self.options.cls_norm_scope
         if scope == "global":
             return {"sums": (sums.cls, sums.cls_balanced)}
-        return {"group": getattr(positives, scope)} if scope in ("level", "image") else {}
+        if scope not in ("level", "image"):
+            return {}
+        num_groups = len(positives.blocks if scope == "level" else positives.blocks[0])
+        return {"group": getattr(positives, scope), "num_groups": num_groups}
 
     def _own_terms(self, flat_logits: list[Tensor], positives: Positives, iou: Tensor) -> OwnTerms:
         """The positives' terms of the classification loss; their loss is CE_i of eq. 2."""
@@ -275,7 +283,7 @@ class IoUBalancedLoss(nn.Module):
         if num_pos > 0:
             scalars = {
                 "mean_pos_iou": sums.iou / sums.num_pos,
-                "cls_scale": sums.cls / sums.cls_balanced,
+                "cls_scale": torch.where(sums.cls_balanced > 0, sums.cls / sums.cls_balanced, 1.0),
                 "w_loc": self.w_loc_measurement.w_loc,
                 "loc_mean_weight": self.w_loc_measurement.mean_weight(sums.loc, sums.loc_balanced),
             }
@@ -287,13 +295,18 @@ class IoUBalancedLoss(nn.Module):
         return {
             "num_pos_ema": self.num_pos_ema.clone(),
             "w_loc_measurement": self.w_loc_measurement.training_state(),
+            "box_reg_loss_type": self.box_reg_loss_type,
         }
 
     @torch.no_grad()
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint; a w_loc set by the user stays."""
+        """Restore the state of a checkpoint; w_loc stays if the user set it.
+
+        A w_loc that was measured with another box loss, lambda or rule is measured anew.
+        """
         self.num_pos_ema.copy_(state["num_pos_ema"])
-        self.w_loc_measurement.load_training_state(state["w_loc_measurement"])
+        if state.get("box_reg_loss_type", self.box_reg_loss_type) == self.box_reg_loss_type:
+            self.w_loc_measurement.load_training_state(state["w_loc_measurement"])
 
 
 def _event_storage() -> EventStorage | None:

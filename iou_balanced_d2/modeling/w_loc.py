@@ -10,9 +10,10 @@ from ..losses import LossOptions, iou_balanced_loc_weights
 
 # Below this share of the plain loss the boxes hardly overlap their ground truth yet (FCOS starts
 # at IoU 0), and a w_loc measured there would be over 10 and blow up the loss of later steps.
-_MIN_BALANCED_SHARE = 0.1
+MIN_BALANCED_SHARE = 0.1
 # Heads that start at noise (with normalisation layers) gave 5.5 and more and worse detectors.
 _LARGE_W_LOC = 5.0
+_MEASURED_WITH = ("loc_lambda", "loc_weight_rule")
 # Causes of a large value, and what to do.
 _BAD_ANCHORS = (
     "the anchors overlap the objects little (tools/check_dataset.py says how many they match)",
@@ -77,7 +78,7 @@ class WLocMeasurement(nn.Module):
         if self.options.loc_weight_rule == "running":
             self.w_loc.copy_(torch.where(usable, step_w_loc, 0.0))
             return
-        usable &= loc_balanced_sum >= _MIN_BALANCED_SHARE * loc_sum
+        usable &= loc_balanced_sum >= MIN_BALANCED_SHARE * loc_sum
         usable &= self.sums[0] < self.options.loc_weight_steps
         one = torch.ones_like(loc_sum)
         step = torch.stack([one, loc_sum, loc_balanced_sum, step_w_loc, step_w_loc**2])
@@ -86,11 +87,18 @@ class WLocMeasurement(nn.Module):
         self._settle()
 
     def _settle(self) -> None:
-        """Log the final value; the host waits for the device only when it may be near."""
+        """Log the final value; the host waits for the device only when it may be there."""
         self._num_updates += 1
-        if self._num_updates < self.options.loc_weight_steps:
+        if self._num_updates % self.options.loc_weight_steps:
             return
         num_steps, _, _, total, squares = self.sums.tolist()
+        if num_steps == 0 and self._num_updates == self.options.loc_weight_steps:
+            logger.warning(
+                f"w_loc could not be measured in {self._num_updates} steps: the boxes overlap "
+                "their ground truth too little (w_loc over 10), or there were no positives. Until "
+                "it can be, the box loss is the plain one. Consider anchors that fit the objects "
+                "(tools/check_dataset.py), or MODEL.IOU_BALANCED.LOC_WEIGHT 2.0"
+            )
         if num_steps < self.options.loc_weight_steps:
             return
         self._settled = True
@@ -123,18 +131,18 @@ class WLocMeasurement(nn.Module):
         return torch.where(self.w_loc > 0, self.w_loc * loc_balanced_sum / loc_sum, 1.0)
 
     def training_state(self) -> dict[str, Any]:
-        """The buffers and the power that they are of, for a checkpoint."""
+        """The buffers and the options that they are of, for a checkpoint."""
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        return {**buffers, "loc_lambda": self.options.loc_lambda}
+        return buffers | {name: getattr(self.options, name) for name in _MEASURED_WITH}
 
     @torch.no_grad()
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint.
 
-        A value set by the user stays as set; one measured with another power is measured anew.
+        A value set by the user stays as set; one measured with other options is measured anew.
         """
-        other_power = state.get("loc_lambda", self.options.loc_lambda) != self.options.loc_lambda
-        if self._fixed or other_power:
+        now = {name: getattr(self.options, name) for name in _MEASURED_WITH}
+        if self._fixed or any(state.get(name, value) != value for name, value in now.items()):
             return
         for name, buffer in self.named_buffers():
             buffer.copy_(state[name])

@@ -241,7 +241,7 @@ def test_two_processes_stop_on_ctrl_c_resume_and_do_not_outlive_the_launcher(
         assert time.monotonic() < until, "processes outlive what has started them"
         time.sleep(0.1)
     assert f"Loading from out/{saved}" in printed(tmp_path)
-    assert tag.read_text() > saved, "no checkpoint when the launcher has died"
+    assert tag.read_text() > saved, printed(tmp_path)
     assert (tmp_path / "out" / tag.read_text()).exists()
 
 

@@ -30,7 +30,7 @@ from iou_balanced_d2.engine.hooks import (
 from iou_balanced_d2.engine.trainer import Trainer
 from iou_balanced_d2.errors import UserError
 
-from ..toy import THIN, toy_batch, toy_config, toy_model
+from ..toy import THIN, assert_same_state, toy_batch, toy_config, toy_model
 
 NAME, OTHER = "hooked", "hooked_too"
 
@@ -287,7 +287,7 @@ def test_no_trace_in_the_model(architecture):
     assert numbers == [
         {k: v for k, v in vars(m).items() if isinstance(v, float)} for m in model.modules()
     ]
-    torch.testing.assert_close(LossState(model).state_dict(), losses, rtol=0, atol=0)
+    assert_same_state(LossState(model).state_dict(), losses)
 
 
 def test_number_kept_for_the_first_time_is_forgotten():

@@ -9,6 +9,7 @@ import torch
 from iou_balanced_d2.commands import run_command
 
 from ..command import forget_own_data, run
+from ..toy import assert_same_state
 
 
 def check_console(out, log):
@@ -47,7 +48,7 @@ def test_train_resume_and_evaluate(tmp_path, own_config):
     second = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     states = [x["iou_balanced"]["losses"][0] for x in (first, second)]
     measured = [state["w_loc_measurement"] for state in states]
-    torch.testing.assert_close(measured[1], measured[0], rtol=0, atol=0)
+    assert_same_state(*measured)
     # Each image has positives, so two more steps have moved the average of positives on.
     assert states[1]["num_pos_ema"] != states[0]["num_pos_ema"]
 

@@ -105,7 +105,7 @@ def test_a_picture_shows_the_batch_and_its_boxes(cfg):
 @pytest.mark.parametrize("build", [toy_model, toy_ssd, toy_fcos])
 def test_every_dense_detector_draws_what_it_finds(build, monkeypatch):
     """By detectron2's own method, with the boxes that the detector gives in inference."""
-    model, inputs = build(), toy_inputs()
+    model, inputs = build(), toy_inputs(size=(128, 128))
     hook = VisualizeTraining(toy_config("VIS_PERIOD", 3), model)
     calls, visualize = [], model.visualize_training
     monkeypatch.setattr(

@@ -316,6 +316,22 @@ def test_labels_above_the_number_of_classes_are_one_clear_error():
         make_loss()(anchors, logits, labels, deltas, gt)
 
 
+def test_logits_of_other_classes_are_one_clear_error():
+    anchors, logits, labels, deltas, gt = make_batch()
+    wide = [torch.cat([x, x[..., :1]], dim=2) for x in logits]
+    with pytest.raises(ValueError, match=rf"expected logits of {K} columns, got \[{K + 1}, "):
+        make_loss()(anchors, wide, labels, deltas, gt)
+
+
+def test_scalars_are_numbers_where_no_box_overlaps():
+    module = make_loss()
+    anchors, logits, labels, deltas, gt = make_batch()
+    with EventStorage(19) as storage:
+        module(anchors, logits, labels, deltas, [box + 1000 for box in gt])
+        latest = {name: value for name, (value, _) in storage.latest().items()}
+    assert latest["iou_balanced/cls_scale"] == latest["iou_balanced/loc_mean_weight"] == 1
+
+
 def test_loss_weights_are_factors_of_the_whole_losses():
     weighted = make_loss(cls_loss_weight=0.5, bbox_reg_loss_weight=3.0)(*make_batch())
     once = make_loss()(*make_batch())

@@ -131,6 +131,35 @@ def test_a_resumed_training_with_another_power_measures_anew(before):
     assert resumed.w_loc_measurement.w_loc.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("change", [
+    {"loc_weight_rule": "anchors"}, {"box_reg_loss_type": "giou"}, {"loc_lambda": 1.0},
+])  # fmt: skip
+def test_a_resumed_training_of_other_options_measures_anew(change):
+    module = make_loss(loc_weight_steps=1)
+    resumed, new = (make_loss(loc_weight_steps=1, **change) for _ in range(2))
+    module(*make_batch(0))
+    resumed.load_training_state(module.training_state())
+    for changed in (resumed, new):
+        changed(*make_batch(1))
+    assert resumed.w_loc_measurement.w_loc == new.w_loc_measurement.w_loc
+    assert resumed.w_loc_measurement.w_loc != module.w_loc_measurement.w_loc
+
+
+def test_a_w_loc_that_can_not_be_measured_is_told_once(caplog):
+    caplog.set_level(logging.INFO, logger="iou_balanced_d2")
+    module = make_loss(loc_weight_steps=3)
+    anchors, logits, labels, deltas, gt = make_batch()
+    far = [box + 1000 for box in gt]
+    for _ in range(7):
+        module(anchors, logits, labels, deltas, far)
+    assert caplog.text.count("w_loc could not be measured in 3 steps") == 1
+    for _ in range(5):  # then it can be
+        module(anchors, logits, labels, deltas, gt)
+    assert "over 3 steps" in caplog.text
+    (expected,) = w_loc_over_steps("first", [0])
+    assert module.w_loc_measurement.w_loc.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("spread", "warned"), [(0.3, False), (1.2, True)])
 def test_a_w_loc_that_is_too_large_is_told(caplog, spread, warned):
     module = make_loss()

@@ -14,6 +14,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from iou_balanced_d2.engine import load_config
+from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.projects.ssd import SSD, IoUBalancedSSD, SSDDefaultBoxes, SSDMatcher
 from iou_balanced_d2.projects.ssd.convert import convert_ssd300, convert_vgg16
 from iou_balanced_d2.projects.ssd.vgg import VGG16
@@ -205,6 +206,14 @@ def test_inference_and_checkpoints_are_the_same_for_both():
     plain.load_state_dict(balanced.state_dict(), strict=True)
     balanced.load_state_dict(plain.state_dict(), strict=True)
     assert META_ARCH_REGISTRY.get("IoUBalancedSSD") is IoUBalancedSSD
+
+
+@pytest.mark.parametrize("shape", [(128, 96), (256, 256)])
+def test_images_of_another_size_are_refused(shape):
+    """The default boxes would lie beside the feature maps' places."""
+    image = {"image": torch.zeros(3, *shape), "height": 50, "width": 50}
+    with pytest.raises(UserError, match=r"MODEL\.SSD\.SIZE, 128x128, and got one of"):
+        toy_model().eval()([image])
 
 
 def test_frozen_stages_are_not_trained():

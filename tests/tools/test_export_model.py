@@ -25,6 +25,7 @@ from iou_balanced_d2.modeling.export import (
 
 from ..command import forget_own_data
 from ..modeling.test_tta import detector
+from ..projects.ssd_toy import toy_config as ssd_config
 from ..toy import CONFIG, toy_inputs, toy_model
 
 TOY = [
@@ -113,6 +114,12 @@ def test_the_classes_of_ones_own_data_are_named(command, own_data, tmp_path, cap
     assert command(opts=[*own, "DATASETS.TRAIN", "('own',)"]) == 0
     assert json.loads((tmp_path / "out/model.json").read_text())["class_names"] == []
     assert "model.json has no class names" in capsys.readouterr().err
+
+
+def test_ssds_own_size_is_told():
+    cfg = ssd_config()
+    described = export_model.describe(cfg, export_model.sample_image(cfg, None))
+    assert (described["min_size"], described["max_size"]) == (128, 128)
 
 
 def test_the_graph_is_plain_retinanets(tmp_path):

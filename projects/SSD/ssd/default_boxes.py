@@ -46,6 +46,7 @@ class SSDDefaultBoxes(DefaultAnchorGenerator):
                 "expected one more of MODEL.SSD.SCALES than of ASPECT_RATIOS and STEPS, got "
                 f"{len(scales)}, {len(aspect_ratios)} and {len(steps)}"
             )
+        self.size = size
         self.strides = list(steps)
         self.num_features = len(steps)
         self.offset = 0.5

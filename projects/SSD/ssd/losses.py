@@ -36,6 +36,8 @@ class SSDLoss(IoUBalancedLoss):
     positives are weighted; they are those of plain SSD.
     """
 
+    num_background_scores = 1
+
     def __init__(self, *, neg_pos_ratio: float = 3.0, **iou_balanced: Any):
         """Set the hyper-parameters.
 

@@ -135,6 +135,24 @@ class SSD(RetinaNet, DetectorInterface):
         """As of any module; also takes torchvision's VGG16 and SSD300 (see ``convert.py``)."""
         return super().load_state_dict(convert_torchvision(state_dict, self), *args, **kwargs)
 
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """The images normalised, as one batch.
+
+        Raises:
+            UserError: if one is not of the size that the default boxes are for.
+        """
+        images = super().preprocess_image(batched_inputs)
+        size = self.anchor_generator.size
+        if not torch.jit.is_tracing():
+            for found in images.image_sizes:
+                if tuple(found) != (size, size):
+                    raise UserError(
+                        f"SSD takes images of MODEL.SSD.SIZE, {size}x{size}, and got one of "
+                        f"{found[1]}x{found[0]}: resize them, e.g. by iou_balanced_d2's Trainer, "
+                        f"and set TEST.AUG.MIN_SIZES ({size},) for test-time augmentation"
+                    )
+        return images
+
     def forward_training(
         self,
         images: ImageList,
