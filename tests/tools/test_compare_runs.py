@@ -227,7 +227,7 @@ def test_records_of_several_data_sets_are_pooled(tmp_path, monkeypatch, capsys):
     assert run_command("compare") == 0
     out = capsys.readouterr().out
     assert "both against base on 2 data sets" in out
-    assert "| **all, random effects** |" in out
+    assert "| **mean, data sets like these** |" in out
     assert (report / "forest_both.png").exists()
     monkeypatch.setattr(sys, "argv", [*argv, "--ground-truth", "a=b"])
     assert run_command("compare") == 2

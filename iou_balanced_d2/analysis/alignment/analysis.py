@@ -35,7 +35,7 @@ CALIBRATED_AT = (50, 75, 90)
 _FEW_OBJECTS = 100
 # AP points: less is not worth a training.
 _LITTLE = 1.0
-# A gap so many times the other one is worked on first.
+# A gap of placing so many times that of ranking is worked on first.
 _CLEARLY = 2.0
 _SCORE = "the IoU-balanced classification loss (MODEL.IOU_BALANCED.CLS_ETA)"
 _BOX = "the IoU-balanced box loss (MODEL.IOU_BALANCED.LOC_LAMBDA)"
@@ -167,8 +167,7 @@ def verdict(results: Mapping[str, Any]) -> str:
 def _advice(ranking: float, placing: float) -> str:
     if max(ranking, placing) < _LITTLE:
         return "neither loss can win much with these detections"
-    if ranking > _CLEARLY * placing:
-        return f"try {_SCORE} first"
     if placing > _CLEARLY * ranking:
         return f"try {_BOX} first"
-    return f"try {_SCORE} together with {_BOX}"
+    # Not the classification loss alone: in the paper, too, both gain more than it does.
+    return f"try both, {_SCORE} and {_BOX}"

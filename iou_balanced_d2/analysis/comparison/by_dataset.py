@@ -55,16 +55,16 @@ class Against:
         effects = [e for e in self.effects["AP"] if tells(e)]
         if "AP" not in self.pooled:
             return f"{self.name} against {self.first}: too few data sets tell a difference in AP."
-        random, fixed = self.pooled["AP"].random, self.pooled["AP"].fixed
+        random, these = self.pooled["AP"].random, self.pooled["AP"].these
         found = "no difference could be shown"
         if random.p < LEVEL:
             found = "better" if random.value > 0 else "worse"
         return (
             f"{self.name} against {self.first} on {len(effects)} data sets: {found}: AP "
-            f"{_cell(random)}, p {format_p(random.p)} (random effects; on these sets alone, fixed "
-            f"effect: {_cell(fixed)}). Less than {random.detectable:.1f} AP could not have been "
-            f"detected (fixed effect: {fixed.detectable:.1f}; 80 % power). "
-            f"{seeds_sentence(effects)}"
+            f"{_cell(random)}, p {format_p(random.p)} over data sets like these, "
+            f"{_interval(these)} on these alone. With 80 % power this finds a difference of "
+            f"{random.detectable:.1f} AP over data sets like these, of {these.detectable:.1f} on "
+            f"these alone. {seeds_sentence(effects)}"
         )
 
     def table(self) -> str:
@@ -105,8 +105,12 @@ def tells(effect: Effect) -> bool:
     return math.isfinite(effect.value) and effect.standard_error > 0
 
 
+def _interval(estimate: Estimate) -> str:
+    return f"[{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
 def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+    return f"{estimate.value:+.1f} {_interval(estimate)}"
 
 
 def _effect_cell(effect: Effect) -> str:
@@ -117,14 +121,28 @@ def _effect_cell(effect: Effect) -> str:
 
 
 _POOLED_ROWS = {
-    "**all, random effects**": lambda p: f"**{_cell(p.random)}**",
-    "all, fixed effect": lambda p: _cell(p.fixed),
+    "**mean, data sets like these**": lambda p: f"**{_cell(p.random)}**",
+    "mean, these alone": lambda p: _cell(p.these),
     "I², τ": lambda p: f"{100 * p.i_squared:.0f} %, {p.tau:.1f}",
     "Q (p)": lambda p: f"{p.q:.1f} ({format_p(p.q_p)})",
     "another data set, 95 %": lambda p: (
         "–" if math.isnan(p.prediction[0]) else "[{:.1f}, {:.1f}]".format(*p.prediction)
     ),
 }
+
+
+def summary_table(found: Sequence[Against]) -> str:
+    """The pooled effects of all variants as Markdown, two rows a variant."""
+    rows = []
+    for against in found:
+        pooled = [against.pooled.get(metric) for metric in METRICS]
+        random = ["–" if p is None else _cell(p.random) for p in pooled]
+        these = ["–" if p is None else _cell(p.these) for p in pooled]
+        rows.append([markdown_text(against.name), "like these", *random])
+        rows.append(["", "these alone", *these])
+    headers = [markdown_text(f"against {found[0].first}"), "data sets", *METRICS]
+    align = ["left", "left", *["right"] * len(METRICS)]
+    return tabulate(rows, headers, "pipe", colalign=align, disable_numparse=True)
 
 
 def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
@@ -142,6 +160,8 @@ def write(found: Sequence[Against], folder: str | Path) -> list[Path]:
     """
     folder = make_folder(folder)
     files, parts = [folder / "by_dataset.md", folder / "by_dataset.json"], []
+    if len(found) > 1:
+        parts.append(f"{summary_table(found)}\n")
     for i, against in enumerate(found, start=1):
         title = f"{against.name} against {against.first}"
         name = re.sub(r"[^\w.-]", "_", clean(against.name))
@@ -254,7 +274,9 @@ def _paired_effects(
         value = float(np.mean(values[other]) - np.mean(values[first]))
         square, freedom = _residual_square(runs, metric)
         error = math.sqrt(2 * square / len(seeds))
-        effects.append(Effect(dataset, value, error, freedom, len(seeds)))
+        effects.append(
+            Effect(dataset, value, error, freedom, len(seeds), freedom_of_run=len(runs) - 1)
+        )
     return effects
 
 
@@ -269,11 +291,12 @@ def _residual_square(runs: Mapping[str, Mapping[int, Metrics]], metric: str) -> 
     rows, values = [], []
     for v, by_seed in enumerate(runs.values()):
         for seed, metrics in by_seed.items():
-            rows.append([*np.eye(len(runs))[v], *np.eye(len(seeds))[seeds.index(seed)]])
-            values.append(_value(metrics, metric))
-    design, y = np.array(rows), np.array(values)
-    if np.isnan(y).any():
+            if metrics[metric] is not None:
+                rows.append([*np.eye(len(runs))[v], *np.eye(len(seeds))[seeds.index(seed)]])
+                values.append(metrics[metric])
+    if not rows:
         return math.nan, 1
+    design, y = np.array(rows), np.array(values)
     solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
     freedom = len(y) - int(rank)
     square = float(((y - design @ solution) ** 2).sum()) / max(freedom, 1)

@@ -16,7 +16,7 @@ def forest_plot(
 ) -> Figure:
     """Draw metrics side by side, data sets below one another; ``pooled`` may lack metrics."""
     names = [label(e.name) for e in next(iter(effects.values()))]
-    rows = [*names, "random effects", "fixed effect"]
+    rows = [*names, "mean, sets like these", "mean, these alone"]
     size = (10, 0.9 + 0.42 * len(rows))
     figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(effects), sharey=True, squeeze=False)[0]
@@ -31,7 +31,6 @@ def forest_plot(
 
 def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None, color: str) -> None:
     axes.axvline(0, color="#888888", lw=0.8)
-    weights = iter(pooled.weights if pooled else ())
     ends = []
     for row, effect in enumerate(effects):
         if not effect.standard_error > 0:
@@ -39,12 +38,10 @@ def _draw(axes: Any, effects: Sequence[Effect], pooled: Pooled | None, color: st
             continue
         low, high = effect.interval()
         ends += [low, high]
-        # The area is the weight; all are seen.
-        size = 3 + 9 * next(weights, 0.0) ** 0.5
         axes.plot([low, high], [row, row], color=color, lw=1.2)
-        axes.plot(effect.value, row, "s", color=color, markersize=size)
+        axes.plot(effect.value, row, "s", color=color, markersize=5)
         _number(axes, row, effect.value, low, high)
-    for row, estimate in enumerate([pooled.random, pooled.fixed] if pooled else [], len(effects)):
+    for row, estimate in enumerate([pooled.random, pooled.these] if pooled else [], len(effects)):
         _diamond(axes, row, estimate, color)
         ends += [estimate.low, estimate.high]
     axes.axhline(len(effects) - 0.55, color="#888888", lw=0.5)

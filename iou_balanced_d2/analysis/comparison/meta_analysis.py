@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from ...evaluation.detections import Array
 from .statistics import LEVEL, POWER
@@ -28,6 +28,9 @@ class Effect(NamedTuple):
     freedom: float = math.inf
     num_runs: int = 1  #: of each variant
     of_images: float = 0.0  #: the part of the squared standard error that more runs would leave
+    #: Degrees of freedom that one more run of each variant adds; two variants whose runs are not
+    #: paired add 2.
+    freedom_of_run: float = 2
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval."""
@@ -46,30 +49,29 @@ class Estimate(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """Effects pooled."""
+    """The mean effect, as that of these data sets and as that of all data sets like them."""
 
-    fixed: Estimate  #: the mean over these data sets
-    random: Estimate  #: the mean over all data sets that these are a sample of
-    weights: tuple[float, ...]  #: (k,) of the data sets in ``random``; their sum is 1
+    these: Estimate  #: of these data sets alone
+    random: Estimate  #: of data sets like these, which have other effects (random effects)
     #: Cochran's Q, chi-squared with k - 1 degrees of freedom where there is one effect only.
     q: float
     q_p: float  #: its p
-    i_squared: float  #: (Q - (k - 1)) / Q, at least 0; the share of the spread that is no noise
+    i_squared: float  #: (Q - (k - 1)) / Q, at least 0; the share of the spread beyond the errors'
     tau: float  #: standard deviation of the true effects between data sets
     #: Where 95 % of the true effects on other data sets are expected; NaN for k = 2.
     prediction: tuple[float, float]
 
 
 def pool_effects(effects: Sequence[Effect]) -> Pooled:
-    """Fixed effect and random effects of several data sets.
+    """The mean over data sets, each weighing alike.
 
-    tau^2 is Paule and Mandel's (1982): the one with which the weighted squares about the mean sum
-    to k - 1. With it, Hartung and Knapp's factor on the standard error is 1; where tau^2 is 0 the
-    factor would be less and is taken as 1. t has k - 1 degrees of freedom, and the standard error
-    is not below that of the fixed effect.
+    Weighted by precision, the mean would be that of the data set where all runs fail alike; and
+    with errors that are estimated and differ much, the usual random effects (Paule and Mandel's
+    tau^2) hold the true effect in 85 % of the cases, these in 94 % or more.
 
-    The fixed effect has Meier's (1953) correction for weights that are themselves estimated; from
-    6 sets with only 4 degrees of freedom each, its interval holds the effect in 89 % of the cases.
+    These data sets: the errors added, with Welch and Satterthwaite's degrees of freedom. Random
+    effects: Hartung and Knapp's interval with equal weights, which is Student's t of the k
+    effects; tau^2 is Hedges and Olkin's (1985), and the interval is not shorter than with tau^2 0.
 
     Args:
         effects: of two data sets or more, all with a standard error above 0.
@@ -85,18 +87,15 @@ def pool_effects(effects: Sequence[Effect]) -> Pooled:
     freedom = np.array([e.freedom for e in effects])
     if len(y) < 2 or not (np.isfinite(y) & (v > 0) & np.isfinite(v)).all():
         raise ValueError("expected two or more effects with standard errors above 0")
-    beyond = len(y) - 1
-    q = _q(0.0, y, v)
-    tau2 = _tau_squared(y, v)
-    value, error, weights = _weighted_mean(y, v + tau2)
-    fixed = _fixed_effect(y, v, freedom)
-    error = max(error, fixed.standard_error)
+    beyond, value = len(y) - 1, float(y.mean())
+    q = float(((y - np.average(y, weights=1 / v)) ** 2 / v).sum())
+    tau2 = max(0.0, float(y.var(ddof=1) - v.mean()))
+    error = math.sqrt((tau2 + v.mean()) / len(y))
     spread = math.hypot(math.sqrt(tau2), error)
     prediction = _interval(value, spread, beyond - 1) if beyond > 1 else (math.nan, math.nan)
     return Pooled(
-        fixed=fixed,
+        these=_of_these(value, v, freedom),
         random=_estimate(value, error, beyond),
-        weights=tuple(weights.tolist()),
         q=q,
         q_p=float(stats.chi2.sf(q, beyond)),
         i_squared=max(0.0, 1 - beyond / q) if q else 0.0,
@@ -105,33 +104,9 @@ def pool_effects(effects: Sequence[Effect]) -> Pooled:
     )
 
 
-def _weighted_mean(y: Array, variance: Array) -> tuple[float, float, Array]:
-    """Mean, its standard error, and the weights, 1 / variance made to sum to 1."""
-    weights = 1 / variance
-    total = weights.sum()
-    return float(weights @ y / total), float(total**-0.5), weights / total
-
-
-def _q(tau2: float, y: Array, v: Array) -> float:
-    """The squares about the weighted mean, over their variance v + tau2."""
-    mean, *_ = _weighted_mean(y, v + tau2)
-    return float(((y - mean) ** 2 / (v + tau2)).sum())
-
-
-def _tau_squared(y: Array, v: Array) -> float:
-    beyond = len(y) - 1
-    if _q(0.0, y, v) <= beyond:
-        return 0.0
-    # At this bound each term is at most (y - mean)^2 / tau^2, and their sum k - 1 or less.
-    most = len(y) * float(np.ptp(y)) ** 2
-    return float(optimize.brentq(lambda tau2: _q(tau2, y, v) - beyond, 0, most))
-
-
-def _fixed_effect(y: Array, v: Array, freedom: Array) -> Estimate:
-    value, error, weights = _weighted_mean(y, v)
-    doubt = 4 * (weights * (1 - weights) / freedom).sum()
-    reciprocal = float((weights**2 / freedom).sum())
-    return _estimate(value, error * math.sqrt(1 + doubt), 1 / reciprocal if reciprocal else np.inf)
+def _of_these(mean: float, v: Array, freedom: Array) -> Estimate:
+    reciprocal = float((v**2 / freedom).sum() / v.sum() ** 2)
+    return _estimate(mean, math.sqrt(v.sum()) / len(v), 1 / reciprocal if reciprocal else math.inf)
 
 
 def _estimate(value: float, error: float, freedom: float) -> Estimate:
@@ -153,8 +128,8 @@ def detectable(standard_error: float, freedom: float) -> float:
 def seeds_needed(gain: float, effects: Sequence[Effect]) -> int | None:
     """Runs of each variant and data set that a true effect is found with (80 % power, 5 % level).
 
-    The mean over these data sets is meant (the fixed effect), with as many runs on each. More runs
-    shrink what is of runs, not what is of images.
+    The mean over these data sets is meant, with as many runs on each. More runs shrink what is of
+    runs, not what is of images.
 
     Args:
         gain: the true effect, above 0.
@@ -167,15 +142,14 @@ def seeds_needed(gain: float, effects: Sequence[Effect]) -> int | None:
     variance = np.array([e.standard_error**2 for e in effects])
     images = np.array([min(e.of_images, e.standard_error**2) for e in effects])
     of_one_run = np.array([e.num_runs for e in effects]) * (variance - images)
-    # Degrees of freedom that one more run adds: as measured (paired records), else two sides'.
-    a_run = [2 if e.of_images else e.freedom / max(e.num_runs - 1, 1) for e in effects]
+    of_a_run = np.array([e.freedom_of_run for e in effects])
 
     def enough(num_runs: int) -> bool:
         of_runs = of_one_run / num_runs
         # Images leave no doubt beside that of runs.
         share = np.maximum(of_runs / (images + of_runs), 1e-9)
-        freedom = np.array(a_run) * (num_runs - 1) / share**2
-        return _fixed_effect(0 * images, images + of_runs, freedom).detectable <= gain
+        freedom = of_a_run * (num_runs - 1) / share**2
+        return _of_these(0.0, images + of_runs, freedom).detectable <= gain
 
     if not (variance > 0).all() or not enough(_MOST_RUNS):
         return None

@@ -159,8 +159,8 @@ def verdict(name: str, first: str, difference: Difference) -> str:
     if d.p < LEVEL:
         return f"{name} {'beats' if d.value > 0 else 'is worse than'} {first}: {numbers}."
     return (
-        f"{name} against {first}: no difference could be shown: {numbers}; a difference under "
-        f"{d.detectable:.1f} AP could not have been detected (80 % power)."
+        f"{name} against {first}: no difference could be shown: {numbers}; one of "
+        f"{d.detectable:.1f} AP would have been found with 80 % power."
     )
 
 

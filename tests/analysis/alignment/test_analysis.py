@@ -331,8 +331,8 @@ def test_confusions_are_at_the_best_thresholds():
 @pytest.mark.parametrize(
     ("ap", "ranking", "placing", "objects", "said"),
     [
-        (40, 64, 68, 5000, "would win 24 AP, perfect placing 28: try .*CLS_ETA.*LOC_LAMBDA.*[.]$"),
-        (40, 64, 50, 5000, "24 AP, perfect placing 10: try [^:]*CLS_ETA[)] first[.]$"),
+        (40, 64, 68, 5000, "24 AP, perfect placing 28: try both, .*CLS_ETA.*LOC_LAMBDA.*[.]$"),
+        (40, 64, 50, 5000, "24 AP, perfect placing 10: try both, .*CLS_ETA.*LOC_LAMBDA.*[.]$"),
         (40, 45, 68, 5000, "5 AP, perfect placing 28: try [^:]*LOC_LAMBDA[)] first[.]$"),
         (97, 97.5, 97.9, 5000, "neither loss can win much"),
         (40, 64, 68, 99, "Few data: 99 objects in 7 images"),

@@ -14,6 +14,7 @@ from iou_balanced_d2.analysis.comparison.by_dataset import (
     METRICS,
     compare_records,
     compare_runs_by_dataset,
+    summary_table,
     write,
 )
 from iou_balanced_d2.analysis.plots import style
@@ -95,9 +96,23 @@ def test_a_data_set_without_common_seeds_is_left_out_in_a_warning(tmp_path, capl
 def test_what_no_run_finds_is_left_out(tmp_path):
     (against,) = compare_records(write_records(tmp_path))
     assert against.effects["AP90"][0].standard_error == 0
-    assert len(against.pooled["AP90"].weights) == 3
+    others = [e.value for e in against.effects["AP90"][1:]]
+    assert against.pooled["AP90"].random.value == pytest.approx(np.mean(others))
     row = next(line for line in against.table().splitlines() if line.startswith("| set0"))
     assert row.rstrip("| ").endswith("–")
+
+
+def test_an_undefined_value_leaves_out_its_own_variant_alone(tmp_path):
+    """AP of objects of a kind that no run of the variant could be judged by is null."""
+    paths = write_records(tmp_path, variants=("base", "both", "cls"))
+    record = json.loads((tmp_path / "set1-cls-0.json").read_text())
+    record["metrics"] |= {"AP": None}
+    (tmp_path / "set1-cls-0.json").write_text(json.dumps(record))
+    both, cls = compare_records(paths)
+    assert [math.isnan(e.value) for e in cls.effects["AP"]] == [False, True, False, False]
+    assert [e.freedom for e in both.effects["AP"]] == [4, 3, 4, 4]
+    defined = [e.value for e in cls.effects["AP"] if not math.isnan(e.value)]
+    assert cls.pooled["AP"].random.value == pytest.approx(np.mean(defined))
 
 
 def test_the_report(tmp_path):
@@ -117,7 +132,13 @@ def test_the_report(tmp_path):
         assert not seen[0].any()
         assert seen[1].sum() > 1000
     text = (tmp_path / "report/by_dataset.md").read_text()
-    assert text.count("| **all, random effects**") == 2
+    assert text.count("| **mean, data sets like these**") == 2
+    summary = [re.split(r" *\| *", line)[1:4] for line in text.splitlines()[2:6]]
+    one, other = (f"{a.pooled['AP'].random.value:+.1f}" for a in found)
+    assert [[*row[:2], row[2].split()[0]] for row in summary[::2]] == [
+        ["both", "like these", one], ["a/b c", "like these", other],
+    ]  # fmt: skip
+    assert [row[:2] for row in summary[1::2]] == [["", "these alone"]] * 2
     content = json.loads((tmp_path / "report/by_dataset.json").read_text())
     assert content["both"]["AP"]["pooled"]["random"]["p"] < 0.05
 
@@ -175,16 +196,38 @@ def test_runs_are_compared_on_their_own_data_sets(tmp_path, same_name):
     assert effect.num_runs == 2
     assert effect.of_images == expected.of_images <= effect.standard_error**2 + 1e-9
     assert math.isnan(against.pooled["AP"].prediction[0])
-    assert against.pooled["AP"].fixed.low > 0
+    assert against.pooled["AP"].these.low > 0
 
 
-def test_the_zoo_shows_what_the_records_give():
-    found = compare_records(sorted((ROOT / "docs/evidence").glob("*.json")))
-    assert {"both", "loc"} <= {against.name for against in found}
-    zoo = (ROOT / "MODEL_ZOO.md").read_text()
-    for against in found:
-        for effects in ("random effects", "fixed effect"):
-            (row,) = (line for line in against.table().splitlines() if f"all, {effects}" in line)
-            cells = re.findall(r"[+-][0-9.]+ \[[^]]+\]", row)
-            assert len(cells) == 5
-            assert f"({effects}) | {' | '.join(cells)} |" in zoo
+RECORDS = sorted((ROOT / "docs/evidence").glob("*.json"))
+
+
+def zoo_lines():
+    return {" ".join(line.split()) for line in (ROOT / "MODEL_ZOO.md").read_text().splitlines()}
+
+
+def test_the_zoo_shows_the_effects_of_the_records():
+    table = summary_table(compare_records(RECORDS)).splitlines()
+    rows = {" ".join(line.split()) for line in (table[0], *table[2:])}
+    assert len(rows) >= 9
+    assert rows <= zoo_lines()
+
+
+def test_the_zoo_shows_the_means_of_the_records():
+    runs = {}
+    for record in (json.loads(file.read_text()) for file in RECORDS):
+        runs.setdefault(record["dataset"], {}).setdefault(record["variant"], []).append(record)
+    assert len(runs) == 6
+    for name, variants in runs.items():
+        assert variants.keys() == runs["bccd"].keys()
+        ap = [[run["metrics"]["AP"] for run in of_variant] for of_variant in variants.values()]
+        cells = [f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" for values in ap]
+        measured = {v: [run["measured"] for run in found] for v, found in variants.items()}
+        of_losses = measured["both"] + measured["loc"]
+        cells.append(f"{np.mean([m['iou_balanced/w_loc'] for m in of_losses]):.2f}")
+        for variant in ("baseline", "both"):
+            mean = np.mean([m["score_iou_correlation"] for m in measured[variant]])
+            cells.append(f"{mean:.3f}".removeprefix("0"))
+        assert f"| {name} | {' | '.join(cells)} |" in zoo_lines()
+    names = [*runs["bccd"], "w_loc", "correlation baseline", "both"]
+    assert f"| AP | {' | '.join(names)} |" in zoo_lines()

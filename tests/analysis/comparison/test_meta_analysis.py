@@ -33,57 +33,34 @@ def log_risk_ratios():
 
 
 def test_vaccine_trials_by_the_published_numbers():
-    """Fixed effect, Q and I^2 as R's metafor publishes them for this data set."""
+    """Q, I^2 and Hedges's tau^2 as R's metafor publishes them for this data set."""
     pooled = pool_effects(log_risk_ratios())
-    assert pooled.fixed.value == pytest.approx(-0.4303, abs=1e-4)
-    assert pooled.fixed.standard_error == pytest.approx(0.0405, abs=1e-4)
     assert pooled.q == pytest.approx(152.2330, abs=1e-3)
     assert pooled.i_squared == pytest.approx(0.9212, abs=1e-4)
     assert pooled.q_p < 1e-4
-    # DerSimonian and Laird's tau^2 is .3088, with mean -.7141 and standard error .1787; Paule and
-    # Mandel's lies close.
-    assert pooled.tau**2 == pytest.approx(0.3088, abs=0.015)
-    assert pooled.random.value == pytest.approx(-0.7141, abs=0.003)
-    assert pooled.random.standard_error == pytest.approx(0.1787, abs=0.004)
+    assert pooled.tau**2 == pytest.approx(0.3286, abs=1e-4)
 
 
-def test_tau_and_the_interval_by_their_definitions():
+def test_the_interval_of_random_effects_is_that_of_students_test():
     effects = log_risk_ratios()
-    y = np.array([e.value for e in effects])
+    y = [e.value for e in effects]
     pooled = pool_effects(effects)
-    w = 1 / (np.array([e.standard_error for e in effects]) ** 2 + pooled.tau**2)
-    mean = np.average(y, weights=w)
-    assert (w * (y - mean) ** 2).sum() == pytest.approx(12)  # Paule and Mandel
-    np.testing.assert_allclose(pooled.weights, w / w.sum())
-    hartung_knapp = ((w * (y - mean) ** 2).sum() / 12 / w.sum()) ** 0.5
-    reach = 2.1788 * hartung_knapp  # t, 12 degrees of freedom
-    assert pooled.random.low == pytest.approx(mean - reach, abs=1e-4)
-    assert pooled.random.high == pytest.approx(mean + reach, abs=1e-4)
-    reach = 2.2010 * (pooled.tau**2 + hartung_knapp**2) ** 0.5
+    expected = stats.ttest_1samp(y, 0.0)
+    assert pooled.random.value == pytest.approx(np.mean(y))
+    assert pooled.random.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval()
+    assert (pooled.random.low, pooled.random.high) == pytest.approx(tuple(interval))
+    reach = 2.2010 * (pooled.tau**2 + np.var(y, ddof=1) / 13) ** 0.5  # t, 11 degrees of freedom
+    mean = np.mean(y)
     assert pooled.prediction == pytest.approx((mean - reach, mean + reach), abs=1e-4)
-
-
-def test_against_statsmodels():
-    reason = "statsmodels, the oracle, is no requirement of the project"
-    meta_analysis = pytest.importorskip("statsmodels.stats.meta_analysis", reason=reason)
-    effects = log_risk_ratios()
-    expected = meta_analysis.combine_effects(
-        np.array([e.value for e in effects]),
-        np.array([e.standard_error for e in effects]) ** 2,
-        method_re="iterated",
-        use_t=True,
-    )
-    pooled = pool_effects(effects)
-    assert pooled.tau**2 == pytest.approx(expected.tau2, rel=1e-4)
-    assert pooled.random.value == pytest.approx(expected.mean_effect_re, rel=1e-4)
 
 
 def test_equal_effects_do_not_shrink_the_interval():
     pooled = pool_effects([Effect(name, 1.0, 0.5) for name in "abc"])
     assert pooled.tau == pooled.i_squared == pooled.q == 0
-    assert pooled.random.value == pooled.fixed.value == 1
+    assert pooled.random.value == pooled.these.value == 1
     assert pooled.random.standard_error == pytest.approx(0.5 / 3**0.5)
-    assert pooled.random.low < pooled.fixed.low == pytest.approx(1 - 1.96 * 0.5 / 3**0.5, abs=1e-3)
+    assert pooled.random.low < pooled.these.low == pytest.approx(1 - 1.96 * 0.5 / 3**0.5, abs=1e-3)
     assert math.isnan(pool_effects([Effect("a", 1.0, 0.5), Effect("b", 2.0, 0.5)]).prediction[0])
 
 
@@ -96,9 +73,9 @@ def test_what_can_not_be_pooled(effects):
         pool_effects(effects)
 
 
-def simulated(rng, num_sets, *, tau=0.0, freedom=8, effect=0.0):
-    """Data sets whose standard errors differ threefold and are estimated as from few runs."""
-    errors = np.linspace(0.5, 1.5, num_sets)
+def simulated(rng, num_sets, *, tau=0.0, freedom=8, effect=0.0, ratio=3):
+    """Data sets whose standard errors differ by ``ratio`` and are estimated as from few runs."""
+    errors = np.linspace(1.5 / ratio, 1.5, num_sets)
     values = rng.normal(effect, np.hypot(tau, errors))
     measured = errors * (rng.chisquare(freedom, num_sets) / freedom) ** 0.5
     rows = zip(values, measured, strict=True)
@@ -111,26 +88,40 @@ def coverage(num_sets, which, **case):
     return float(np.mean([p.low <= 0 <= p.high for p in pooled]))
 
 
-@pytest.mark.parametrize("num_sets", [3, 6])
-@pytest.mark.parametrize("freedom", [8, 20])
-def test_intervals_of_the_fixed_effect_cover(num_sets, freedom):
-    assert 0.92 <= coverage(num_sets, "fixed", freedom=freedom) <= 0.98
+def test_the_mean_of_these_data_sets_by_hand():
+    """Welch's test has the same degrees of freedom: two means, their difference and their mean."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 4), rng.normal(3, 2, 7)
+    effects = [Effect("", x.mean(), x.std(ddof=1) / len(x) ** 0.5, len(x) - 1) for x in (a, b)]
+    expected = stats.ttest_ind(a, -b, equal_var=False)  # the sum of the two
+    low, high = expected.confidence_interval()
+    these = pool_effects(effects).these
+    assert these.value == pytest.approx((a.mean() + b.mean()) / 2)
+    assert (these.low, these.high) == pytest.approx((low / 2, high / 2))
+    assert these.p == pytest.approx(expected.pvalue)
 
 
 @pytest.mark.parametrize("num_sets", [3, 6])
-@pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_intervals_of_random_effects_cover(num_sets, tau):
-    assert 0.92 <= coverage(num_sets, "random", tau=tau) <= 0.985
+@pytest.mark.parametrize("freedom", [2, 4, 20])
+def test_intervals_of_the_mean_of_these_data_sets_cover(num_sets, freedom):
+    assert 0.93 <= coverage(num_sets, "these", freedom=freedom) <= 0.98
+
+
+@pytest.mark.parametrize("num_sets", [3, 6])
+@pytest.mark.parametrize(("tau", "most"), [(1.0, 1.0), (3.0, 0.985)])
+@pytest.mark.parametrize("ratio", [3, 25])
+def test_intervals_of_random_effects_cover(num_sets, tau, most, ratio):
+    assert 0.93 <= coverage(num_sets, "random", tau=tau, ratio=ratio) <= most
 
 
 @pytest.mark.parametrize("num_sets", [3, 6])
 def test_intervals_of_random_effects_without_heterogeneity_are_wide(num_sets):
-    """tau^2 is not below 0, and the factor not below 1: few sets can't tell."""
+    """tau^2 is not below 0: few sets can't tell."""
     assert coverage(num_sets, "random") >= 0.95
 
 
-def test_the_fixed_effect_misses_where_sets_differ():
-    assert coverage(6, "fixed", tau=3.0) < 0.6
+def test_the_mean_of_these_says_little_of_others():
+    assert coverage(6, "these", tau=3.0) < 0.6
 
 
 @pytest.mark.parametrize("num_sets", [1, 4])
@@ -154,13 +145,13 @@ def test_so_many_seeds_find_the_gain(num_sets, of_images):
 
 
 def estimate(differences, variances, num_runs, of_images):
-    """The fixed effect of data sets with so many runs of each variant."""
+    """The mean over data sets with so many runs of each variant."""
     effects = [
         Effect("", d, v**0.5, 2 * (num_runs - 1) / (1 - of_images / v) ** 2, num_runs, of_images)
         for d, v in zip(differences, variances, strict=True)
     ]
     if len(effects) > 1:
-        return pool_effects(effects).fixed
+        return pool_effects(effects).these
     (e,) = effects
     p = 2 * stats.t.sf(abs(e.value) / e.standard_error, e.freedom)
     return SimpleNamespace(p=p, detectable=detectable(e.standard_error, e.freedom))
@@ -168,9 +159,9 @@ def estimate(differences, variances, num_runs, of_images):
 
 def test_the_seeds_needed_are_those_that_the_report_says_would_do():
     """Paired records: what three seeds could have detected takes three seeds."""
-    measured = [Effect("", 0.0, s, 10, 3) for s in (0.4, 0.6, 0.9)]
-    assert seeds_needed(pool_effects(measured).fixed.detectable * 1.001, measured) == 3
-    assert seeds_needed(pool_effects(measured).fixed.detectable * 0.999, measured) == 4
+    measured = [Effect("", 0.0, s, 10, 3, freedom_of_run=5) for s in (0.4, 0.6, 0.9)]
+    assert seeds_needed(pool_effects(measured).these.detectable * 1.001, measured) == 3
+    assert seeds_needed(pool_effects(measured).these.detectable * 0.999, measured) == 4
 
 
 def test_no_number_of_seeds_replaces_images():
