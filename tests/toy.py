@@ -20,7 +20,9 @@ THIN = [
 
 def assert_same_state(one, other):
     """Compare training states, nested dicts of tensors, numbers and words, bit for bit."""
-    for x, y in zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True):
+    (leaves, names), (others, other_names) = tree_flatten(one), tree_flatten(other)
+    assert names == other_names
+    for x, y in zip(leaves, others, strict=True):
         if isinstance(x, torch.Tensor):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
         else:

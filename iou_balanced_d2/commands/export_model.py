@@ -95,13 +95,15 @@ def describe(cfg: CfgNode, image: Tensor) -> dict[str, object]:
     """What a user of the file has to know; ``image`` is one, resized as in evaluation."""
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     sizes = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST]
-    if interface_of(detector).build_augmentation(cfg, is_train=False) is not None:
-        sizes = sorted(image.shape[1:])  # its own fixed size
+    is_fixed = interface_of(detector).build_augmentation(cfg, is_train=False) is not None
+    if is_fixed:
+        sizes = sorted(image.shape[1:])
     return {
         "input": f"image: ({len(cfg.MODEL.PIXEL_MEAN)}, H, W) float32, values 0 to 255, one image",
         "channels": cfg.INPUT.FORMAT,
         "min_size": sizes[0],
         "max_size": sizes[1],
+        "keep_aspect_ratio": not is_fixed,
         "outputs": "boxes (D, 4) XYXY in pixels of the input, scores (D,), classes (D,)",
         "class_names": known_classes(cfg),
     }

@@ -31,7 +31,8 @@ def compare_by_detections(protocol: Protocol, runs: Runs, output: Path) -> None:
         first = comparison.sides[0]
         for side in comparison.sides[1:]:
             difference = comparison.differences[side.name][0]
-            effect = effect_of(data_set, difference, min(len(first.runs), len(side.runs)))
+            num_runs = min(len(first.runs), len(side.runs))
+            effect = effect_of(data_set, difference, num_runs, len(comparison.sides))
             print(f"{side.name}: {seeds_sentence([effect])}")
         print(f"The report is {output / data_set / 'results.md'}")
 

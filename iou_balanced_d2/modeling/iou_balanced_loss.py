@@ -302,7 +302,7 @@ class IoUBalancedLoss(nn.Module):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint; w_loc stays if the user set it.
 
-        A w_loc that was measured with another box loss, lambda or rule is measured anew.
+        A w_loc that was measured with another type of box loss, lambda or rule is measured anew.
         """
         self.num_pos_ema.copy_(state["num_pos_ema"])
         if state.get("box_reg_loss_type", self.box_reg_loss_type) == self.box_reg_loss_type:

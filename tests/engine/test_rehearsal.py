@@ -129,6 +129,13 @@ def test_configs_are_built_once_and_leave_no_trace(path, monkeypatch):
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
+def test_test_time_augmentation_of_ssd_is_of_its_own_size():
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "TEST.AUG.ENABLED", "True"]
+    with pytest.raises(UserError, match=r"MODEL\.SSD\.SIZE.*TEST\.AUG\.MIN_SIZES \(300,\)"):
+        rehearse(load_config(str(SSD), opts), training=False)
+    rehearse(load_config(str(SSD), [*opts, "TEST.AUG.MIN_SIZES", "(300,)"]), training=False)
+
+
 def test_evaluation_needs_no_training(own_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load_config(str(own_config), ["SOLVER.STEPS", "(3, 2)", "MODEL.DEVICE", "cpu"])

@@ -89,6 +89,7 @@ def test_a_file_detects_as_the_detector_in_images_of_any_size(name, command, tmp
         assert_same(found, model, given)
     described = json.loads((tmp_path / "out/model.json").read_text())
     assert described["channels"] == "BGR"
+    assert described["keep_aspect_ratio"]
     assert described["class_names"] == [], "the config's data set has 80, the model 3"
 
 
@@ -120,6 +121,7 @@ def test_ssds_own_size_is_told():
     cfg = ssd_config()
     described = export_model.describe(cfg, export_model.sample_image(cfg, None))
     assert (described["min_size"], described["max_size"]) == (128, 128)
+    assert not described["keep_aspect_ratio"]
 
 
 def test_the_graph_is_plain_retinanets(tmp_path):

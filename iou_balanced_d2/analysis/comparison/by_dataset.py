@@ -291,9 +291,9 @@ def _residual_square(runs: Mapping[str, Mapping[int, Metrics]], metric: str) -> 
     rows, values = [], []
     for v, by_seed in enumerate(runs.values()):
         for seed, metrics in by_seed.items():
-            if metrics[metric] is not None:
+            if math.isfinite(value := _value(metrics, metric)):
                 rows.append([*np.eye(len(runs))[v], *np.eye(len(seeds))[seeds.index(seed)]])
-                values.append(metrics[metric])
+                values.append(value)
     if not rows:
         return math.nan, 1
     design, y = np.array(rows), np.array(values)
@@ -347,10 +347,12 @@ def compare_runs_by_dataset(
         columns = [comparison.metrics.index(metric) for metric in METRICS]
         for name, differences in comparison.differences.items():
             num_runs = min(len(by_side[first]), len(by_side[name]))
-            found[name][dataset] = [effect_of(dataset, differences[c], num_runs) for c in columns]
+            found[name][dataset] = [
+                effect_of(dataset, differences[c], num_runs, len(ordered)) for c in columns
+            ]
     return _against(first, found)
 
 
-def effect_of(dataset: str, d: Difference, num_runs: int) -> Effect:
-    """A difference of two sides, each of so many runs, as the effect on a data set."""
-    return Effect(dataset, d.value, d.standard_error, d.freedom, num_runs, d.of_images)
+def effect_of(dataset: str, d: Difference, num_runs: int, num_sides: int) -> Effect:
+    """A difference of two of so many sides, each of so many runs, as the effect on a data set."""
+    return Effect(dataset, d.value, d.standard_error, d.freedom, num_runs, d.of_images, num_sides)

@@ -142,8 +142,8 @@ class SSD(RetinaNet, DetectorInterface):
             UserError: if one is not of the size that the default boxes are for.
         """
         images = super().preprocess_image(batched_inputs)
-        size = self.anchor_generator.size
-        if not torch.jit.is_tracing():
+        size = getattr(self.anchor_generator, "size", None)  # None of another generator
+        if size is not None and not torch.jit.is_tracing():
             for found in images.image_sizes:
                 if tuple(found) != (size, size):
                     raise UserError(

@@ -66,6 +66,7 @@ def test_all_variants_tell_the_spread_of_seeds(tmp_path):
     paths = write_records(tmp_path, variants=("base", "both", "cls", "loc"), seeds=4)
     both, *_ = compare_records([p for p in paths if p.name != "set1-loc-3.json"])
     assert [e.freedom for e in both.effects["AP"]] == [9, 8, 9, 9]
+    assert {e.freedom_of_run for e in both.effects["AP"]} == {3}, "of each seed more"
     # 0.3 AP a run; two variants, four seeds.
     errors = [e.standard_error for e in both.effects["AP"]]
     assert np.mean(errors) == pytest.approx(0.3 * (2 / 4) ** 0.5, rel=0.25)
@@ -102,16 +103,16 @@ def test_what_no_run_finds_is_left_out(tmp_path):
     assert row.rstrip("| ").endswith("–")
 
 
-def test_an_undefined_value_leaves_out_its_own_variant_alone(tmp_path):
-    """AP of objects of a kind that no run of the variant could be judged by is null."""
+@pytest.mark.parametrize("undefined", [None, math.nan, math.inf])
+def test_an_undefined_value_leaves_out_its_own_variant_alone(tmp_path, undefined):
     paths = write_records(tmp_path, variants=("base", "both", "cls"))
     record = json.loads((tmp_path / "set1-cls-0.json").read_text())
-    record["metrics"] |= {"AP": None}
+    record["metrics"] |= {"AP": undefined}
     (tmp_path / "set1-cls-0.json").write_text(json.dumps(record))
     both, cls = compare_records(paths)
-    assert [math.isnan(e.value) for e in cls.effects["AP"]] == [False, True, False, False]
+    assert [math.isfinite(e.value) for e in cls.effects["AP"]] == [True, False, True, True]
     assert [e.freedom for e in both.effects["AP"]] == [4, 3, 4, 4]
-    defined = [e.value for e in cls.effects["AP"] if not math.isnan(e.value)]
+    defined = [e.value for e in cls.effects["AP"] if math.isfinite(e.value)]
     assert cls.pooled["AP"].random.value == pytest.approx(np.mean(defined))
 
 
@@ -195,6 +196,7 @@ def test_runs_are_compared_on_their_own_data_sets(tmp_path, same_name):
     assert effect[1:4] == (expected.value, expected.standard_error, expected.freedom)
     assert effect.num_runs == 2
     assert effect.of_images == expected.of_images <= effect.standard_error**2 + 1e-9
+    assert effect.freedom_of_run == 2
     assert math.isnan(against.pooled["AP"].prediction[0])
     assert against.pooled["AP"].these.low > 0
 
