@@ -28,8 +28,8 @@ class Effect(NamedTuple):
     freedom: float = math.inf
     num_runs: int = 1  #: of each variant
     of_images: float = 0.0  #: the part of the squared standard error that more runs would leave
-    #: Degrees of freedom that one more run of each variant adds: as many as there are variants, or
-    #: one less where runs are paired.
+    #: Degrees of freedom that one more run of each variant adds (as many as there are variants, or
+    #: one less where runs are paired).
     freedom_of_run: int = 2
 
     def interval(self) -> tuple[float, float]:
