@@ -155,10 +155,7 @@ class IoUBalancedLoss(nn.Module):
         Raises:
             ValueError: if a label is above K, or the logits are not of K classes.
         """
-        num_columns = self.num_classes + self.num_background_scores
-        columns = [x.shape[-1] for x in pred_logits]
-        if set(columns) - {num_columns}:
-            raise ValueError(f"expected logits of {num_columns} columns, got {columns}")
+        self._check_columns(pred_logits)
         level_sizes = [len(level) for level in anchors]
         positives = find_positives(gt_labels, level_sizes, self.num_classes)
         flat_logits = [x.flatten(0, 1) for x in pred_logits]
@@ -171,11 +168,7 @@ class IoUBalancedLoss(nn.Module):
         own = self._own_terms(flat_logits, positives, iou)
         sums = self._sums(iou, own.loss, loc_loss.detach())
         if torch.is_grad_enabled():
-            if self.w_loc_measurement.measures_anchors():
-                measured, balanced = self.sums_at_anchors(anchor, gt)
-                sums = sums._replace(measured=measured, measured_balanced=balanced)
-            sums = _mean_over_processes(sums)
-            self._update_state(sums)
+            sums = self._update_state(sums, anchor, gt)
             self._log(sums, num_images=len(gt_labels), num_pos=positives.num)
 
         cls_weights = iou_balanced_cls_weights(
@@ -193,6 +186,12 @@ class IoUBalancedLoss(nn.Module):
         # A copy: the backward pass needs it after a next forward pass has updated the average.
         divisor = self._divisor(sums).to(loss_cls.dtype, copy=True)
         return {name: loss / divisor for name, loss in losses.items()}
+
+    def _check_columns(self, pred_logits: list[Tensor]) -> None:
+        expected = self.num_classes + self.num_background_scores
+        columns = [x.shape[-1] for x in pred_logits]
+        if set(columns) - {expected}:
+            raise ValueError(f"expected logits of {expected} columns, got {columns}")
 
     def _scope(self, positives: Positives, sums: _Sums) -> dict[str, Any]:
         """CLS_NORM_SCOPE as arguments of :func:`iou_balanced_cls_weights`."""
@@ -264,11 +263,19 @@ class IoUBalancedLoss(nn.Module):
         return self.num_pos_ema if self.options.normalizer == "ema" else sums.num_pos.clamp(min=1)
 
     @torch.no_grad()
-    def _update_state(self, sums: _Sums) -> None:
-        """Update the average of positives and w_loc; the sums are the same on every process."""
+    def _update_state(self, sums: _Sums, anchor: Tensor, gt: Tensor) -> _Sums:
+        """Update the average of positives and w_loc with the mean of all processes' sums.
+
+        Returns that mean, which is the same on every process; anchor and gt are (P, 4).
+        """
+        if self.w_loc_measurement.measures_anchors():
+            measured, balanced = self.sums_at_anchors(anchor, gt)
+            sums = sums._replace(measured=measured, measured_balanced=balanced)
+        sums = _mean_over_processes(sums)
         new = sums.num_pos.clamp(min=1) * (1 - _EMA_MOMENTUM)
         self.num_pos_ema.mul_(_EMA_MOMENTUM).add_(new)
         self.w_loc_measurement.update(sums.measured, sums.measured_balanced)
+        return sums
 
     def _log(self, sums: _Sums, *, num_images: int, num_pos: int) -> None:
         """Write the scalars named after the keys, as often as detectron2's writers print."""

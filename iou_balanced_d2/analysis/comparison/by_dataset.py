@@ -136,10 +136,10 @@ def summary_table(found: Sequence[Against]) -> str:
     rows = []
     for against in found:
         pooled = [against.pooled.get(metric) for metric in METRICS]
-        random = ["–" if p is None else _cell(p.random) for p in pooled]
-        these = ["–" if p is None else _cell(p.these) for p in pooled]
-        rows.append([markdown_text(against.name), "like these", *random])
-        rows.append(["", "these alone", *these])
+        name = markdown_text(against.name)
+        for first, which, key in ((name, "like these", "random"), ("", "these alone", "these")):
+            cells = ["–" if p is None else _cell(getattr(p, key)) for p in pooled]
+            rows.append([first, which, *cells])
     headers = [markdown_text(f"against {found[0].first}"), "data sets", *METRICS]
     align = ["left", "left", *["right"] * len(METRICS)]
     return tabulate(rows, headers, "pipe", colalign=align, disable_numparse=True)

@@ -64,7 +64,7 @@ class SSD(RetinaNet, DetectorInterface):
     # The author's rates follow no linear rule: 0.002 for 64 and for 16 images.
     lr_per_image = 0.0
     # Each box has K + 1 scores.
-    num_background_scores = 1
+    num_background_scores = SSDLoss.num_background_scores
 
     @configurable
     def __init__(
