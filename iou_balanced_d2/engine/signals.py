@@ -1,6 +1,7 @@
 """SIGTERM, SIGHUP and Ctrl-C end a training between two steps."""
 
 import mmap
+import multiprocessing
 import os
 import signal
 import threading
@@ -34,9 +35,10 @@ class Stopped(BaseException):
 class StopSignals:
     """A context that catches :data:`SIGNALS`; a second one of the same kind ends at once.
 
-    (A second later or more. Of the same kind, as an agent that SIGTERM has ended sends its
-    processes SIGINT.) While a checkpoint is written signals are ignored. A SIGHUP that is ignored
-    before, as by nohup, stays so.
+    A second later or more, and of the same kind, as an agent that SIGTERM has ended sends its
+    processes SIGINT. If a launcher is killed its processes get a SIGINT for each of its threads,
+    on a busy machine over seconds: in them, one more SIGINT ends nothing. While a checkpoint is
+    written signals are ignored. A SIGHUP that is ignored before, as by nohup, stays so.
 
     Attributes:
         received: the signal that has come to this process.
@@ -70,7 +72,9 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid or self._ignored:
             return  # (another pid: a data worker, which inherits this and ends with its parent)
-        if self.received == signum and time.monotonic() > self._when + ONE_SIGNAL:
+        launched = signum == signal.SIGINT and multiprocessing.parent_process() is not None
+        again = self.received == signum and time.monotonic() > self._when + ONE_SIGNAL
+        if again and not launched:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._pid, signum)
         if self.received is None:

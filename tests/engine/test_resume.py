@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -266,6 +267,19 @@ def test_a_later_signal_of_the_same_kind_ends_at_once():
     os.close(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert os.read(reader, 10) == b"12"
+
+
+def test_a_launched_process_outlives_each_sigint_of_its_launchers_threads(monkeypatch):
+    """The kernel sends one when each thread of a killed launcher ends."""
+    for launcher, code in ((None, -signal.SIGINT), (object(), 0)):
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda launcher=launcher: launcher)
+        if (child := os.fork()) == 0:
+            with StopSignals() as signals:
+                os.kill(os.getpid(), signal.SIGINT)
+                signals._when -= 2 * ONE_SIGNAL
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 def test_a_hang_up_is_a_signal_unless_nohup_ignores_it():
