@@ -98,8 +98,16 @@ def compare_by_dataset(args: argparse.Namespace) -> None:
     if args.ground_truth:
         raise UserError("--ground-truth names one data set: it can't be used with --by-dataset")
     paths = [path for text in args.sides for path in parse_side(text)[1]]
-    if all(path.endswith(".json") for path in paths):
-        found = by_dataset.compare_records(paths)
+    records = [path for path in paths if path.endswith(".json")]
+    for path in paths:
+        if records and path not in records:
+            raise UserError(f"{path}: runs can't be compared with records ({records[0]})")
+        if list(Path(path).glob("*-seed*.json")):
+            raise UserError(f"{path} holds records of runs: give {path}/*.json")
+    if records:
+        if named := [text for text in args.sides if "=" in text and not os.path.exists(text)]:
+            raise UserError(f"{named[0]}: a record has its own name, that of its variant")
+        found = by_dataset.compare_records(records)
     else:
         found = by_dataset.compare_runs_by_dataset(
             sides_of(args.sides), resamples=args.resamples, seed=args.seed

@@ -206,7 +206,7 @@ def test_records_are_written_and_compared_without_detections(reproduce, tmp_path
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
     command = ["toy.yaml", "--records", "evidence", "--at-once", "2"]
     assert reproduce(*command) == 0
-    assert "and against baseline on 2 data sets: better" in capsys.readouterr().out
+    assert "and against baseline on 2 data sets, 2 runs each: better" in capsys.readouterr().out
     records = sorted((tmp_path / "evidence").iterdir())
     assert [r.name for r in records[:2]] == ["a_b-and-seed1.json", "a_b-and-seed2.json"]
     assert len(records) == 8
@@ -239,7 +239,7 @@ def test_does_it_help_on_my_data(reproduce, tmp_path, capsys):
     assert reproduce("--config-file", "my.yaml", "--seeds", "2") == 0
     printed = capsys.readouterr().out
     assert re.search(r"both beats baseline: AP \+", printed)
-    assert re.search(r"both: (\+1.0 AP on this data set takes|More seeds alone)", printed)
+    assert re.search(r"both: (To find \+1.0 AP on this data set takes|More seeds alone)", printed)
     (data_set,) = settings["DATASETS.TEST"]
     runs = {
         str(file.parent.relative_to(tmp_path / "output/my" / data_set)): yaml.safe_load(

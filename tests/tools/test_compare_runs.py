@@ -232,3 +232,18 @@ def test_records_of_several_data_sets_are_pooled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--ground-truth", "a=b"])
     assert run_command("compare") == 2
     assert "--ground-truth" in capsys.readouterr().err
+
+
+def test_records_are_not_mixed_with_runs_or_renamed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "evidence"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "evidence/a-both-seed1.json").write_text("{}")
+    for sides, message in (
+        (["evidence"], "evidence holds records of runs: give evidence/*.json"),
+        (["evidence/*", "run"], "run: runs can't be compared with records (evidence/a-both-"),
+        (["new=evidence/*"], "new=evidence/*: a record has its own name, that of its variant"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", "--by-dataset", *sides])
+        assert run_command("compare") == 2
+        assert message in capsys.readouterr().err

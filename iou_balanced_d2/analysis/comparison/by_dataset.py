@@ -60,7 +60,7 @@ class Against:
         if random.p < LEVEL:
             found = "better" if random.value > 0 else "worse"
         return (
-            f"{self.name} against {self.first} on {len(effects)} data sets: {found}: AP "
+            f"{self.name} against {self.first} on {_runs(effects)}: {found}: AP "
             f"{_cell(random)}, p {format_p(random.p)} over data sets like these, "
             f"{_interval(these)} on these alone. With 80 % power this finds a difference of "
             f"{random.detectable:.1f} AP over data sets like these, of {these.detectable:.1f} on "
@@ -88,7 +88,7 @@ class Against:
 
 def seeds_sentence(effects: Sequence[Effect]) -> str:
     """How many seeds it takes to find a gain of 1 AP on these data sets."""
-    where = "these data sets" if len(effects) > 1 else "this data set"
+    where = "these data sets alone" if len(effects) > 1 else "this data set"
     if not all(map(tells, effects)):
         return "How many seeds a gain takes can't be told: AP has no spread here."
     if max(e.num_runs for e in effects) == 1:
@@ -96,13 +96,21 @@ def seeds_sentence(effects: Sequence[Effect]) -> str:
     seeds = seeds_needed(_GAIN, effects)
     if seeds:
         hint = " Longer trainings often differ less from seed to seed." if seeds > _MANY else ""
-        return f"+{_GAIN} AP on {where} takes {seeds} seeds of each variant.{hint}"
+        return f"To find +{_GAIN} AP on {where} takes {seeds} seeds of each variant.{hint}"
     return f"More seeds alone don't make +{_GAIN} AP detectable on {where}."
 
 
 def tells(effect: Effect) -> bool:
     """Whether there is a difference with an error: not so where no run finds anything."""
     return math.isfinite(effect.value) and effect.standard_error > 0
+
+
+def _runs(effects: Sequence[Effect]) -> str:
+    """How many data sets, and how many runs a side has on each."""
+    counts = {e.num_runs for e in effects}
+    least, most = min(counts), max(counts)
+    runs = f"{most} runs" if most > 1 else "1 run"
+    return f"{len(effects)} data sets, {f'{least} to ' * (least < most)}{runs} each"
 
 
 def _interval(estimate: Estimate) -> str:
@@ -136,8 +144,10 @@ def summary_table(found: Sequence[Against]) -> str:
     rows = []
     for against in found:
         pooled = [against.pooled.get(metric) for metric in METRICS]
-        name = markdown_text(against.name)
-        for first, which, key in ((name, "like these", "random"), ("", "these alone", "these")):
+        names = (markdown_text(against.name), _runs(against.effects["AP"]))
+        for first, which, key in zip(
+            names, ("like these", "these alone"), ("random", "these"), strict=True
+        ):
             cells = ["–" if p is None else _cell(getattr(p, key)) for p in pooled]
             rows.append([first, which, *cells])
     headers = [markdown_text(f"against {found[0].first}"), "data sets", *METRICS]
@@ -197,12 +207,16 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
         each other variant against the first.
 
     Raises:
-        UserError: if a file is broken, or there are fewer than two variants, data sets or seeds.
+        UserError: if a file is broken, runs of one variant were not trained alike, those of one
+            data set not tested on the same images, or there are fewer than two variants, data sets
+            or seeds.
     """
     runs: dict[str, dict[str, dict[int, Metrics]]] = {}
     variants: dict[str, None] = {}
+    known: dict[tuple[str, ...], tuple[str | Path, Any]] = {}
     for path in paths:
         record = _read_record(path)
+        _check_alike(path, record, known)
         variant, seed = record["variant"], record["seed"]
         seeds = runs.setdefault(record["dataset"], {}).setdefault(variant, {})
         if seed in seeds:
@@ -219,10 +233,10 @@ def compare_records(paths: Sequence[str | Path]) -> list[Against]:
             common = by_variant.get(first, {}).keys() & by_variant.get(other, {}).keys()
             if len(common) > 1:
                 found[other][dataset] = _paired_effects(dataset, by_variant, first, other)
-            elif {first, other} <= by_variant.keys():
+            else:
                 logger.warning(
                     f"{dataset}: {first} and {other} have {len(common) or 'no'} seed in common: "
-                    "two or more are needed; left out"
+                    f"two or more are needed; {dataset} is left out for {other}"
                 )
     return _against(first, found)
 
@@ -232,8 +246,8 @@ def _against(first: str, found: Mapping[str, Mapping[str, list[Effect]]]) -> lis
     if not found:
         raise UserError("nothing to compare with: runs of two variants or more are needed")
     few = {
-        name: f"{name} and {first} have {len(sets) or 'no'} data set in common: two or more are "
-        "needed"
+        name: f"{name} can be compared with {first} on {len(sets) or 'no'} data set: two or more "
+        "are needed"
         for name, sets in found.items()
         if len(sets) < 2
     }
@@ -262,6 +276,30 @@ def _read_record(path: str | Path) -> dict[str, Any]:
         if not isinstance(record["metrics"].get(metric, ""), int | float | None):  # "": missing
             raise UserError(f"{path}: not the record of a run: metric {metric} is no number")
     return record
+
+
+def _check_alike(
+    path: str | Path, record: dict[str, Any], known: dict[tuple[str, ...], tuple[str | Path, Any]]
+) -> None:
+    """Raise an error for a record that an earlier one of ``known`` contradicts; adds this one.
+
+    A variant's settings may differ by seed, as those of a control do, whose loss weight is
+    measured; what they leave of the config may not.
+    """
+    dataset, variant = record["dataset"], record["variant"]
+    settings = record.get("settings", {})
+    facts = {
+        ("DATASETS.TEST", dataset): settings.get("DATASETS.TEST"),
+        ("iterations", dataset, variant): record.get("iterations"),
+        ("config", dataset, variant, json.dumps(settings, sort_keys=True)): record.get("config"),
+    }
+    for group, value in facts.items():
+        other, expected = known.setdefault(group, (path, value))
+        if value != expected:
+            raise UserError(
+                f"{path} and {other} can't be compared: {group[0]} of {', '.join(group[1:3])} is "
+                f"{value} in one and {expected} in the other"
+            )
 
 
 def _paired_effects(

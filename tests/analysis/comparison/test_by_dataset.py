@@ -54,7 +54,7 @@ def test_records_are_paired_by_seed(tmp_path):
     assert effect.value == pytest.approx(differences.mean())
     assert effect.standard_error == pytest.approx(differences.std(ddof=1) / 3**0.5)
     assert (effect.freedom, effect.num_runs) == (2, 3)
-    assert "both against base on 4 data sets: better: AP +" in against.verdict()
+    assert "both against base on 4 data sets, 3 runs each: better: AP +" in against.verdict()
 
 
 def test_a_baseline_is_the_reference_wherever_it_stands(tmp_path):
@@ -76,7 +76,10 @@ def test_a_variant_of_one_data_set_is_left_out(tmp_path, caplog):
     paths = write_records(tmp_path, variants=("base", "both", "cls"))
     found = compare_records([p for p in paths if "-cls-" not in p.name or "set0" in p.name])
     assert [against.name for against in found] == ["both"]
-    assert "cls and base have 1 data set in common: two or more are needed; left out" in caplog.text
+    text = caplog.text
+    assert "set3: base and cls have no seed in common" in text
+    assert "set3 is left out for cls" in text
+    assert "cls can be compared with base on 1 data set: two or more are needed; left out" in text
 
 
 def test_a_variant_that_has_only_begun_does_not_stop_the_others(tmp_path, caplog):
@@ -139,7 +142,7 @@ def test_the_report(tmp_path):
     assert [[*row[:2], row[2].split()[0]] for row in summary[::2]] == [
         ["both", "like these", one], ["a/b c", "like these", other],
     ]  # fmt: skip
-    assert [row[:2] for row in summary[1::2]] == [["", "these alone"]] * 2
+    assert [row[:2] for row in summary[1::2]] == [["4 data sets, 3 runs each", "these alone"]] * 2
     content = json.loads((tmp_path / "report/by_dataset.json").read_text())
     assert content["both"]["AP"]["pooled"]["random"]["p"] < 0.05
 
@@ -147,16 +150,46 @@ def test_the_report(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda paths: paths[:6], "have 1 data set in common"),
+        (lambda paths: paths[:6], "both can be compared with base on 1 data set: two"),
         (lambda paths: paths[:3], "two variants or more"),
         (lambda paths: [*paths, paths[0]], "a second record of set0, base, seed 0"),
         (lambda paths: [p for p in paths if "-both-2" not in p.name and "-both-1" not in p.name],
-         "have no data set in common"),
+         "both can be compared with base on no data set: two"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_compared(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         compare_records(change(write_records(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"settings": {"DATASETS.TEST": ["other"]}},
+            r"DATASETS\.TEST of set0 is \['other'\] in one",
+        ),
+        ({"iterations": 9}, "iterations of set0, both is 9 in one and 5 in the other"),
+        ({"config": "b"}, "config of set0, both is b in one and a in the other"),
+    ],
+)
+def test_runs_that_are_not_alike(tmp_path, changed, message):
+    paths = write_records(tmp_path)
+    known = {"settings": {"DATASETS.TEST": ["test"]}, "iterations": 5, "config": "a"}
+    for path in paths:
+        new = changed if path.name == "set0-both-2.json" else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | known | new))
+    with pytest.raises(UserError, match=message):
+        compare_records(paths)
+
+
+def test_the_weight_of_a_control_differs_by_seed(tmp_path):
+    paths = write_records(tmp_path)
+    for path in paths:
+        if "both" in path.name:
+            settings = {"settings": {"LOC_WEIGHT": path.name}, "config": path.name}
+            path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert len(compare_records(paths)) == 1
 
 
 @pytest.mark.parametrize("content", [
