@@ -102,6 +102,23 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: PyYAML would drop all but the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue  # (What several << name is all merged.)
+            if (first := known.setdefault((key.tag, key.value), key)) is not key:
+                raise UserError(
+                    f"{str(self.name)!r} has the key {key.value!r} twice, in lines "
+                    f"{first.start_mark.line + 1} and {key.start_mark.line + 1}: write it once"
+                )
+        return node
+
+
 def read_yaml(path: str | Path) -> Any:
     """The plain values of a YAML file.
 
@@ -111,9 +128,10 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         OSError, UnicodeDecodeError, RecursionError: if it can't be read.
         yaml.YAMLError: if it is no YAML, holds other objects, or too many values.
+        UserError: naming the file, if a mapping has a key twice.
     """
     with open(path, encoding="utf-8-sig") as f:
-        loader = yaml.SafeLoader(f)
+        loader = _Loader(f)
         root = loader.get_single_node()
         if root is None:
             return None

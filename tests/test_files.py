@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iou_balanced_d2.errors import UserError
-from iou_balanced_d2.files import remove_unfinished, write_atomically
+from iou_balanced_d2.files import read_yaml, remove_unfinished, write_atomically
 
 
 def names(folder):
@@ -146,3 +146,19 @@ def test_what_a_kill_leaves_is_removed(tmp_path):
     remove_unfinished(tmp_path)
     assert names(tmp_path) == ["b"]
     remove_unfinished(tmp_path / "gone")
+
+
+def test_a_key_that_a_yaml_file_has_twice_is_refused(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text("names:\n  0: cat\n  1: dog\n  1: cow\n")
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert (
+        str(caught.value) == f"{str(path)!r} has the key '1' twice, in lines 3 and 4: write it once"
+    )
+
+
+def test_merged_mappings_are_no_key_twice(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {x: 1}\nb: &b {y: 2, x: 2}\nc: {<<: *a, <<: *b, y: 3}\n")
+    assert read_yaml(path)["c"] == {"x": 2, "y": 3}

@@ -91,7 +91,7 @@ def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> np.ndarra
 
 
 def keep_input(file: str, target: Path) -> None:
-    """Make sure that what is drawn does not replace what it is drawn on."""
+    """Make sure that what is drawn does not replace a picture that is drawn on."""
     if target.exists() and target.samefile(file):
         raise UserError(f"{file} would be overwritten: give another folder as --output")
 
@@ -138,8 +138,14 @@ def run(args: argparse.Namespace) -> int:
     names = known_classes(cfg)
     files = list(pictures_of(args.input, output))
     written: set[str] = set()
+    targets = [output / free_name(Path(file), written) for file in files]
+    # By inode and device: drawing one picture must not replace another that is still to be read.
+    inputs = {os.stat(file)[1:3]: file for file in files if os.path.exists(file)}
+    for target in filter(os.path.exists, targets):
+        if replaced := inputs.get(os.stat(target)[1:3]):
+            keep_input(replaced, target)
     failed, num_boxes, best_score = 0, 0, 0.0
-    for file in tqdm(files, disable=len(files) < 2):
+    for file, target in zip(tqdm(files, disable=len(files) < 2), targets, strict=True):
         try:
             image = read(file, cfg.INPUT.MAX_SIZE_TEST)
         except ValueError as error:
@@ -148,16 +154,14 @@ def run(args: argparse.Namespace) -> int:
             continue
         if max(image.shape[:2]) > MAX_SIDE:
             tqdm.write(f"{file}: drawn with a side of {MAX_SIDE} pixels", file=sys.stderr)
-        target = output / free_name(Path(file), written)
-        keep_input(file, target)
         found = predict(image)["instances"].to("cpu")
         best_score = max([best_score, *found.scores.tolist()])
         found = found[found.scores >= args.confidence_threshold]
         num_boxes += len(found)
         if not cv2.imwrite(str(target), draw(image, found, names)):
             raise UserError(f"{target} can't be written")
-    if written:
-        print(f"{len(written)} pictures: {output}")
+    if num_drawn := len(files) - failed:
+        print(f"{num_drawn} pictures: {output}")
         print(summary(num_boxes, best_score, args.confidence_threshold))
     if failed:
         print(f"demo.py: {failed} file(s) could not be read, see above", file=sys.stderr)

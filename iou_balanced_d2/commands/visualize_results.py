@@ -4,7 +4,6 @@ python tools/visualize_results.py --config-file configs/Demo/retinanet_demo_iou_
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from tqdm import tqdm
 
 from ..analysis.boxes import draw_boxes
 from ..data import check_datasets
+from ..data.coco_format import load_json
+from ..data.loading import CheckedMapper
 from ..engine import load_config
 from ..errors import UserError
 from ..files import make_folder
@@ -40,7 +41,7 @@ def read_detections(cfg: CfgNode, name: str) -> dict[int, list[dict[str, Any]]]:
     if not path.is_file():
         raise UserError(f"{path} not found: train, or evaluate with train_net.py --eval-only")
     by_image = defaultdict(list)
-    for detection in json.loads(path.read_text()):
+    for detection in load_json(str(path)):
         by_image[detection["image_id"]].append(detection)
     return by_image
 
@@ -49,11 +50,17 @@ def draw_pair(
     record: dict[str, Any], found: list[dict[str, Any]], metadata: Metadata, threshold: float
 ) -> np.ndarray:
     """Detections on the left, ground truth on the right; (H, W, 3) uint8 RGB."""
-    image = read_image(record["file_name"], "RGB")
+    read = CheckedMapper(lambda d: read_image(d["file_name"], "RGB"), metadata.name)
+    image: Any = read(record)
     scale, names = picture_scale(image), metadata.thing_classes
     # Data sets that detectron2 converted have no other ids than the indices.
     to_class = metadata.get("thing_dataset_id_to_contiguous_id") or range(len(names))
     kept = sorted((d for d in found if d["score"] >= threshold), key=lambda d: -d["score"])
+    if unknown := {d["category_id"] for d in kept}.difference(to_class):
+        raise UserError(
+            f"a detection on {record['file_name']!r} is of category_id {unknown.pop()!r}, which "
+            f"data set {metadata.name!r} lacks: evaluate anew with train_net.py --eval-only"
+        )
     boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in kept]
     classes = [to_class[d["category_id"]] for d in kept]
     labels = [f"{names[k]} {d['score']:.0%}" for k, d in zip(classes, kept, strict=True)]

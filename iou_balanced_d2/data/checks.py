@@ -20,6 +20,7 @@ from .conversion import ConvertedDataset, prepare_dataset
 from .demo import ensure_demo_datasets
 from .inspection import FATAL, PROBLEMS, inspect, trained_on
 from .voc import check_difficult_policy
+from .yolo import YoloSource
 
 _MOST_NAMED = 5
 # A detector whose anchors miss more than this share of the boxes can't learn to place them.
@@ -89,7 +90,24 @@ def check_datasets(
         _check_num_classes(cfg, name, classes)
         _check_same_classes(known, name, classes)
     if training and all(is_empty.get(name) for name in cfg.DATASETS.TRAIN):
-        raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box")
+        hint = _label_hint(cfg.DATASETS.TRAIN[0])
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box{hint}"
+        )
+    for name in cfg.DATASETS.TEST:
+        if is_empty.get(name):
+            text = f"DATASETS.TEST: data set {name!r}: no image has a usable box, so that AP is NaN"
+            text += _label_hint(name)
+            if training:
+                raise UserError(f"{text}; --eval-only takes such images")
+            logger.warning(text)
+
+
+def _label_hint(name: str) -> str:
+    """Why a data set has no object, where that is plain: no image has a label file."""
+    source = getattr(DatasetCatalog[name], "source", None)
+    missing = source.without_labels() if isinstance(source, YoloSource) else ""
+    return missing and f": none of its images has a label file, such as {missing}"
 
 
 def detector_node(cfg: CfgNode) -> str | None:
@@ -177,14 +195,14 @@ def _check_content(cfg: CfgNode, name: str, content: dict[str, Any], *, read_ima
     report = inspect(cfg, content, image_root, read_images=read_images)
     for kind, (number, place) in report.repairs.items():
         logger.warning(f"data set {name!r}: {number} x {kind}: {place}, ... ({REPAIRS[kind]})")
+    # The path by which the user knows the annotations.
+    known = DatasetCatalog[name]
+    is_converted = isinstance(known, ConvertedDataset)
+    path = known.source.path if is_converted else MetadataCatalog.get(name).json_file
     for kind, places in report.problems.items():
         if kind not in FATAL:
-            logger.warning(f"data set {name!r}: {_named({kind: places})}")
+            logger.warning(f"data set {name!r}: {path}: {_named({kind: places})}")
     if fatal := {kind: places for kind, places in report.problems.items() if kind in FATAL}:
-        # The path by which the user knows the annotations.
-        known = DatasetCatalog[name]
-        is_converted = isinstance(known, ConvertedDataset)
-        path = known.source.path if is_converted else MetadataCatalog.get(name).json_file
         raise UserError(f"{path}: {_named(fatal)}")
     if name in cfg.DATASETS.TRAIN and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         recalls = anchor_recall(cfg, content)

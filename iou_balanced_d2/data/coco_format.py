@@ -6,7 +6,6 @@ Segmentations and keypoints are ignored, as a detector of boxes needs boxes only
 
 import gzip
 import json
-import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .formats import hint_for_folder, hint_for_json, hint_for_text
 
 # Above this COCOeval, which keeps ids in float64, takes two ids for one.
 _MAX_ID = 2**53
+_MAX_PIXEL = 2**53  # what is beyond it, or NaN, is no position in an image
 _MAX_AREA = 1e10  # square pixels; COCO evaluates no object above it
 _MAX_BYTES = 2**31  # of an unpacked .json.gz
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
@@ -57,6 +57,10 @@ class _Found:
     def repaired(self, kind: str, place: str) -> None:
         self.repairs.setdefault(kind, [0, place])[0] += 1
 
+    def left_out(self, kind: str, i: int, raw: dict[str, Any], reason: str) -> None:
+        place = f"annotations[{i}] (id {_shown(raw.get('id'))}): {reason}"
+        self.problems.setdefault(kind, []).append(place)
+
 
 def load_json(path: str) -> Any:
     """Read a JSON file: UTF-8 or UTF-16 with or without byte order mark, also packed by gzip."""
@@ -85,12 +89,12 @@ def read_coco_json(json_file: str, content: Any = None) -> dict[str, Any]:
     """Read annotations in COCO's instance format into a clean form.
 
     Images have "id", "file_name", "width" and "height"; annotations "id" from 1 on, "image_id" and
-    "category_id" of an image and a category, "bbox" (4 finite or infinite numbers, XYWH pixels),
-    "area", "iscrowd" (0 or 1), and "difficult" (0 or 1) where the file says so; categories "id" and
+    "category_id" of an image and a category, "bbox" (4 finite numbers, XYWH pixels), "area",
+    "iscrowd" (0 or 1), and "difficult" (0 or 1) where the file says so; categories "id" and
     "name". Ids of images and categories are kept if they are whole numbers from 0 on. Otherwise
     they are numbered in their order, numbers before texts, and "original_id" is what they were.
     "info" has "repairs", kind in :data:`REPAIRS` -> [number, first place], and "problems", "unknown
-    image" or "unknown category" -> places of annotations that are left out.
+    image", "unknown category" or "not finite" -> places of annotations that are left out.
     """
     try:
         return clean_coco(load_json(json_file) if content is None else content)
@@ -105,15 +109,17 @@ def clean_coco(content: Any) -> dict[str, Any]:
     found = _Found(content.get("info"))
     image_ids = _ids("images", content["images"], found)
     category_ids = _ids("categories", content["categories"], found)
+    images = [_image(raw, i, image_ids, found) for i, raw in enumerate(content["images"])]
+    files = {image["id"]: image["file_name"] for image in images}
     annotations = [
         annotation
         for i, raw in enumerate(content["annotations"])
-        if (annotation := _annotation(raw, i, image_ids, category_ids, found))
+        if (annotation := _annotation(raw, i, image_ids, category_ids, files, found))
     ]
     _number(annotations, found)
     return {
         "info": {"repairs": found.repairs, "problems": found.problems},
-        "images": [_image(raw, i, image_ids, found) for i, raw in enumerate(content["images"])],
+        "images": images,
         "annotations": annotations,
         # In detectron2's order of the classes.
         "categories": sorted(
@@ -213,18 +219,23 @@ def _annotation(
     i: int,
     image_ids: Ids,
     category_ids: Ids,
+    files: dict[int, str],
     found: _Found,
 ) -> dict[str, Any] | None:
-    """The clean annotation; None if its image or category is unknown."""
+    """The clean annotation; None if its image or category is unknown, or its box not finite."""
     image_id = _refer(raw, "image_id", image_ids, i, found)
     category_id = _refer(raw, "category_id", category_ids, i, found)
     if image_id is None or category_id is None:
+        return None
+    box = _box(raw["bbox"], i)
+    if not all(abs(v) < _MAX_PIXEL for v in box):
+        found.left_out("not finite", i, raw, f"box {_shown(box)} of {files[image_id]!r}")
         return None
     annotation = {
         "id": raw.get("id"),
         "image_id": image_id,
         "category_id": category_id,
-        "bbox": _box(raw["bbox"], i),
+        "bbox": box,
         "area": raw.get("area"),
         "iscrowd": _flag(raw, "iscrowd", i, found),
     }
@@ -243,8 +254,7 @@ def _refer(raw: dict[str, Any], field: str, ids: Ids, i: int, found: _Found) -> 
     value = raw[field]
     if str(value) not in ids:
         kind = "unknown image" if field == "image_id" else "unknown category"
-        place = f"annotations[{i}] (id {_shown(raw.get('id'))}): {field} {_shown(value)}"
-        found.problems.setdefault(kind, []).append(place)
+        found.left_out(kind, i, raw, f"{field} {_shown(value)}")
         return None
     id_, number = ids[str(value)]
     if type(id_) is not type(value):
@@ -258,8 +268,7 @@ def _box(value: Any, i: int) -> list[float]:
         raise UserError(
             f"annotations[{i}]: bbox must be 4 numbers (x, y, width, height), got {_shown(value)}"
         )
-    # A number beyond float64 is no position in an image.
-    return [v if type(v) is float or abs(v) < _MAX_ID else math.inf for v in value]
+    return list(value)
 
 
 def area_of(annotation: dict[str, Any]) -> float:
@@ -267,8 +276,7 @@ def area_of(annotation: dict[str, Any]) -> float:
     value, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
     if isinstance(value, int | float) and type(value) is not bool and 0 < value <= _MAX_AREA:
         return float(value)
-    area = max(width, 0.0) * max(height, 0.0)
-    return area if math.isfinite(area) else 0.0
+    return float(max(width, 0.0) * max(height, 0.0))
 
 
 def _flag(raw: dict[str, Any], field: str, i: int, found: _Found) -> int:

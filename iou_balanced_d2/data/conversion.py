@@ -151,9 +151,12 @@ def cached_json(name: str, source: Source) -> str:
     """The path of the converted annotations, after converting them if they have changed."""
     # One lock for all versions of a data set, as the old ones are removed under it.
     lock = quote(name, safe="")
-    key = hashlib.sha256(json.dumps([CONVERTER, source.fingerprint()]).encode()).hexdigest()[:16]
-    file_name = f"{lock}-{key}.json"
     data = source.path if os.path.isdir(source.path) else os.path.dirname(source.path) or "."
+    # Another source's file of this name may be in use. (Folders may be moved, or spelt otherwise.)
+    fields = {**vars(source), "path": os.path.relpath(source.path, data), "image_root": ""}
+    start = f"{lock}-{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
+    key = hashlib.sha256(json.dumps([CONVERTER, source.fingerprint()]).encode()).hexdigest()[:16]
+    file_name = f"{start}{key}.json"
     folders = [Path(data) / CACHE_FOLDER, _user_cache(data)]
     for folder in folders:
         if not folder.is_symlink() and os.access(folder / file_name, os.R_OK):
@@ -168,7 +171,7 @@ def cached_json(name: str, source: Source) -> str:
         if not (folder / file_name).exists():
             logger.info(f"Converting the annotations of {name} into {folder / file_name} ...")
             write_text(folder / file_name, _dump(source.convert()))
-            _remove_outdated(folder, lock, keep=file_name)
+            _remove_outdated(folder, start, keep=file_name)
     return str(folder / file_name)
 
 
@@ -195,9 +198,9 @@ def _is_writable(folder: Path, name: str) -> bool:
     return True
 
 
-def _remove_outdated(folder: Path, name: str, *, keep: str) -> None:
-    """Remove what other keys of this data set have left, half-written files too."""
-    file = re.escape(name) + r"-[0-9a-f]{16}\.json"
+def _remove_outdated(folder: Path, start: str, *, keep: str) -> None:
+    """Remove what other versions of this source have left, half-written files too."""
+    file = re.escape(start) + r"[0-9a-f]{16}\.json"
     pattern = re.compile(rf"{file}|\.{file}\.\w+\.unfinished")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.name != keep:

@@ -21,9 +21,10 @@ from .images import fault_of, is_turned, shown_size
 
 # What a problem is called -> what it means. The first ones leave a box out of training.
 PROBLEMS = {
-    "no area": "box without width or height, or not a number; left out of training",
+    "no area": "box without width or height; left out of training",
     "outside": "box with no part inside the image; left out of training",
     "unknown image": "image_id that is not among the images; left out",
+    "not finite": "box of which a number is NaN, infinite or too large; left out",
     "sticks out": "box partly outside the image; the part inside is used",
     "unknown category": "category_id that is not among the categories",
     "class twice": "two categories of one name; give each a name of its own",
@@ -41,7 +42,9 @@ PROBLEMS = {
     "sizes; cut it into pieces",
 }
 # Those that make a training useless or impossible; the others leave out a box, or nothing.
-FATAL = frozenset(PROBLEMS) - {"no area", "outside", "unknown image", "sticks out"}
+FATAL = frozenset(PROBLEMS) - {
+    "no area", "outside", "unknown image", "not finite", "sticks out",
+}  # fmt: skip
 _TOLERANCE = 0.5  # pixels; annotation tools round to whole ones
 # Fewer boxes don't show another convention.
 _FEWEST_BOXES = 5
@@ -136,8 +139,7 @@ def trained_on(content: dict[str, Any], policy: str) -> list[dict[str, Any]]:
     box = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)
     size = np.array([sides[a["image_id"]] for a in rows]).reshape(-1, 2)
     inside = np.minimum(box[:, :2] + box[:, 2:], size) > box[:, :2].clip(min=0)
-    good = np.isfinite(box).all(axis=1) & inside.all(axis=1)
-    return [a for a, is_good in zip(rows, good, strict=True) if is_good]
+    return [a for a, is_good in zip(rows, inside.all(axis=1), strict=True) if is_good]
 
 
 def strips(cfg: CfgNode, content: dict[str, Any]) -> list[str]:
@@ -204,7 +206,7 @@ def _bad_boxes(boxes: NDArray[Any], size: NDArray[Any]) -> dict[str, NDArray[np.
         are_corners = ((extent > near) & (extent <= limit) & (near >= -_TOLERANCE)).all()
         if are_corners and (far > limit).any(axis=1).mean() > _MANY_TOO_FAR:
             return {"corners": first}
-    no_area = ~(np.isfinite(boxes).all(axis=1) & (extent > 0).all(axis=1))
+    no_area = ~(extent > 0).all(axis=1)
     outside = ~no_area & ((near >= size) | (far <= 0)).any(axis=1)
     sticks_out = ((near < -_TOLERANCE) | (far > size + _TOLERANCE)).any(axis=1)
     return {

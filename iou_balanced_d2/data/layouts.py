@@ -73,8 +73,10 @@ def _subset(content: dict[str, Any], ids: set[Any]) -> dict[str, Any]:
     }
 
 
-def _split_of(name: str) -> str | None:
-    return next((split for word, split in _SPLIT_OF.items() if word in name.lower()), None)
+def _split_of(path: Path, folder: Path) -> str | None:
+    """By a word of its name, or else of the nearest folder that has one."""
+    names = [name.lower() for name in reversed(path.relative_to(folder).parts)]
+    return next((s for name in names for word, s in _SPLIT_OF.items() if word in name), None)
 
 
 def _convert(key: str, place: list[str], source: Source) -> Split:
@@ -124,8 +126,7 @@ def _coco(folder: Path) -> dict[str, Split]:
     for file in (file for file in every_file if file.suffix.lower() == ".json"):
         content = load_json(str(file))
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
-            split = _split_of(file.stem) or _split_of(file.parent.relative_to(folder).as_posix())
-            found.setdefault(split or "train", []).append((file, content))
+            found.setdefault(_split_of(file, folder) or "train", []).append((file, content))
     alone = len(found) == 1 and all(len(files) == 1 for files in found.values())
     if alone:  # whatever its name: latest.json is no test
         found = {"train": next(iter(found.values()))}
@@ -155,10 +156,19 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def _image_root(folder: Path, file: Path, content: dict[str, Any]) -> str:
     """The folder that has the images of a COCO file: that beside it, or one of the data set's."""
     names = [content["images"][i]["file_name"] for i in (0, -1)]
-    for root in (file.parent, *(path for path, _ in _walk(folder))):
-        if all((root / name).is_file() for name in names):
-            return str(root)
-    raise UserError(f"{file}: its images ({names[0]}, ...) are in no folder below {folder}")
+    places = (file.parent, *(path for path, _ in _walk(folder)))
+    roots = [path for path in places if all((path / name).is_file() for name in names)]
+    if not roots:
+        raise UserError(f"{file}: its images ({names[0]}, ...) are in no folder below {folder}")
+    if roots[0] != file.parent and len(roots) > 1:
+        split = _split_of(file, folder)
+        roots = [path for path in roots if split and _split_of(path, folder) == split] or roots
+        if len(roots) > 1:
+            raise UserError(
+                f"{file}: {roots[0]} and {roots[1]} both have its images ({names[0]}, ...): move "
+                f"the wrong one out of {folder}, or write a config's DATASETS.COCO_JSON yourself"
+            )
+    return str(roots[0])
 
 
 def dataset_name(folder: Path, split: str) -> str:

@@ -45,6 +45,7 @@ _SPLITS = {"2007": ("train", "val", "trainval", "test"), "2012": ("train", "val"
 _CODE = source_digest(__file__)
 # As tools write <difficult>.
 _DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "unspecified": 0, "1": 1, "true": 1, "yes": 1}
+_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of a list of one class
 _DECLARATION = re.compile(rb"""\s*<\?xml[^>]*encoding=["']([\w.-]+)["'][^>]*\?>""")
 
 
@@ -118,39 +119,53 @@ def _list_folder(path: str) -> list[str]:
 def _list_split(root: str, folder: str, split: str) -> list[tuple[str, str]]:
     """(annotation, image) of each image of a split, relative to ``root``."""
     path = os.path.join(root, folder, "ImageSets", "Main", f"{split}.txt")
-    images = _list_folder(os.path.join(root, folder, "JPEGImages"))
-    image_of = {Path(i).stem: i for i in images if Path(i).suffix.lower() in IMAGE_SUFFIXES}
+    images_of: dict[str, list[str]] = {}
+    for name in _list_folder(os.path.join(root, folder, "JPEGImages")):
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            images_of.setdefault(Path(name).stem, []).append(name)
     if split:
-        lines = filter(None, map(str.strip, read_text(path).splitlines()))
-        ids = [_image_id(line, image_of) for line in lines]
+        lines = list(filter(None, map(str.strip, read_text(path).splitlines())))
+        ids = [_image_id(line, images_of) for line in lines]
     else:
         path = os.path.join(root, folder, "Annotations")
         stems = [name.removesuffix(".xml") for name in _list_folder(path) if name.endswith(".xml")]
-        ids = [stem for stem in stems if stem in image_of]
+        ids = lines = [stem for stem in stems if stem in images_of]
     if not ids:
         raise UserError(f"{path}: lists no image")
     twice = [i for i, n in Counter(ids).items() if n > 1]
-    missing = [i for i in ids if i not in image_of]
+    missing = [i for i in ids if i not in images_of]
     for names, what in ((twice, " twice"), (missing, ", of which JPEGImages has no image")):
         if names:
             number = f" ({len(names)} such of {len(ids)})" if len(names) > 1 else ""
             raise UserError(f"{path}: lists {names[0]!r}{what}{number}")
+    xmls = [os.path.join(folder, "Annotations", f"{i}.xml") for i in ids]
     return [
-        (os.path.join(folder, "Annotations", f"{i}.xml"),
-         os.path.join(folder, "JPEGImages", image_of[i]))
-        for i in ids
-    ]  # fmt: skip
+        (xml, os.path.join(folder, "JPEGImages", _choose(images_of[i], line, f"{root}/{xml}")))
+        for i, line, xml in zip(ids, lines, xmls, strict=True)
+    ]
 
 
-def _image_id(line: str, image_of: dict[str, str]) -> str:
+def _image_id(line: str, images_of: dict[str, list[str]]) -> str:
     """The id that a line means, which may have a folder, an ending, or VOC's column -1, 0, 1."""
-    without_column = re.sub(r"\s+(-1|0|1)$", "", line)
-    for text in (line, without_column):
-        name = Path(text.replace("\\", "/")).name
+    for text in (line, _COLUMN.sub("", line)):
+        name = _file_name(text)
         for id_ in (text, name, Path(name).stem):
-            if id_ in image_of:
+            if id_ in images_of:
                 return id_
     return line
+
+
+def _choose(images: list[str], line: str, xml: str) -> str:
+    """Of images of one id the one that the list names, or else the annotation."""
+    if len(images) == 1:  # nearly always; no annotation is read for it
+        return images[0]
+    stated = parse_xml(xml, read_bytes(xml)).findtext("filename") or ""
+    names = map(_file_name, (line, _COLUMN.sub("", line), stated.strip()))
+    return next((name for name in names if name in images), images[-1])
+
+
+def _file_name(path: str) -> str:
+    return Path(path.replace("\\", "/")).name
 
 
 def parse_voc_xml(path: str, content: bytes) -> tuple[int, int, list[NamedObject]]:

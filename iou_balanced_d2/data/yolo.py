@@ -22,7 +22,8 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import read_yaml
-from . import images
+from . import coco_format, images
+from .coco_format import clean_coco
 from .conversion import (
     coco_content,
     map_files,
@@ -34,7 +35,7 @@ from .conversion import (
 from .formats import hint_for_folder
 from .images import IMAGE_SUFFIXES, shown_size
 
-_CODE = source_digest(__file__, images.__file__)
+_CODE = source_digest(__file__, images.__file__, coco_format.__file__)
 # A share may be this far outside of 0 to 1 by rounding; clipped.
 _TOLERANCE = 0.01
 
@@ -59,14 +60,20 @@ class YoloSource:
         return [_CODE, *stamp(self.path), images, [[file, *stamp(file)] for file in files]]
 
     def convert(self) -> dict[str, Any]:
-        """The boxes in COCO's format."""
+        """The boxes in COCO's format, clean: without those that are not finite."""
         data = read_data_yaml(self.path)
         names = class_names_of(data, self.path)
         read_image = partial(_read_image, len(names), _keypoint_numbers(data, self.path))
         images = self._images()
         read = map_files(read_image, images, title="YOLO")
         files = [os.path.relpath(image, self.image_root) for image in images]
-        return coco_content(names, [(file, *x) for file, x in zip(files, read, strict=True)])
+        scenes = [(file, *x) for file, x in zip(files, read, strict=True)]
+        return clean_coco(coco_content(names, scenes))
+
+    def without_labels(self) -> str:
+        """The first label file that was looked for if the split has none, else an empty text."""
+        files = [label_file(image) for image in self._images()]
+        return "" if any(map(os.path.exists, files)) else files[0]
 
     def _images(self) -> list[str]:
         return images_of(read_data_yaml(self.path), self.path, self.split)
@@ -111,6 +118,11 @@ def class_names_of(content: dict[str, Any], path: str) -> list[str]:
         names = [numbers.get(str(i)) for i in range(len(numbers))]
     if not (isinstance(names, list) and names and None not in names):
         raise UserError(f"{path}: names must be a list of class names, or 0: name, 1: name, ...")
+    if odd := [name for name in names if type(name) not in (str, int)]:  # a bool is an int, too
+        raise UserError(
+            f"{path}: names has {odd[0]!r}, which is no text: put the class's name in quotes, as "
+            "YAML reads no, off, yes and on as false and true"
+        )
     if content.get("nc", len(names)) != len(names):
         raise UserError(f"{path}: nc is {content['nc']!r}, but names has {len(names)} classes")
     return [str(name) for name in names]
@@ -159,7 +171,8 @@ def _list_place(place: Path) -> list[str]:
     return [
         str(file)
         for file in place.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(place).parts)
     ]
 
 

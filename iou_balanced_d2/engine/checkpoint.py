@@ -23,6 +23,9 @@ from .safe_load import BrokenCheckpoint, read_checkpoint, weights_of
 
 logger = logging.getLogger(__name__)
 
+# Of the model's parameters, which weights must have to be used: a few have like names by chance.
+_LEAST_SHARE = 0.05
+
 T = TypeVar("T")
 # A parameter's name, its shape in the checkpoint, and its shape in the model.
 Mismatch = tuple[str, Sequence[int], Sequence[int]]
@@ -220,18 +223,25 @@ class RobustCheckpointer(DetectionCheckpointer):
     def _check_match(
         self, path: str, theirs: list[str], incompatible: Any, *, strict: bool
     ) -> None:
-        """Refuse weights of which none is the model's, or if strict some are missing."""
+        """Refuse weights of which hardly any is the model's; if strict, all but the model's."""
         missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
-        if missing >= (own := dict(self.model.named_parameters()).keys()):
+        own = dict(self.model.named_parameters()).keys()
+        if len(own - missing) < _LEAST_SHARE * len(own):
+            how = "append ?matching_heuristics=True"
+            if any(name.startswith("layer1.") for name in theirs):
+                how = "torchvision's with detectron2's tools/convert-torchvision-to-d2.py"
             raise UserError(
-                f"checkpoint {path!r} has no parameter of the model: its names are "
-                f"{', '.join(map(repr, theirs[:2]))}, ..., the model's {', '.join(list(own)[:2])}, "
-                "...: convert it to detectron2's names, or append ?matching_heuristics=True"
+                f"checkpoint {path!r} has {len(own - missing)} of the model's {len(own)} "
+                f"parameters: its names are {', '.join(map(repr, theirs[:2]))}, ..., the model's "
+                f"{', '.join(list(own)[:2])}, ...: convert it to detectron2's names, or {how}"
             )
-        if not (strict and missing):
+        # Of buffers others may be right, those of a deeper network's layers are not.
+        surplus = [k for k in incompatible.unexpected_keys if k.endswith((".weight", ".bias"))]
+        if not (strict and (missing or surplus)):
             return
         shapes = {k: f"{k} has shape {a}, not {b}" for k, a, b in incompatible.incorrect_shapes}
         problems = [shapes.get(k, f"{k} is missing") for k in sorted(missing)]
+        problems += [f"{k} is not of the model" for k in surplus]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         classes = other_classes(self.model, incompatible.incorrect_shapes)
         raise UserError(

@@ -6,13 +6,15 @@ import os
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
 
+from ..config import add_iou_balanced_config
 from ..data.checks import detector_node
 from ..errors import UserError
 from ..evaluation import metric_names
-from ..modeling import interface_of
+from ..modeling import IoUBalancedLoss, interface_of
 from .checkpoint import checkpoint_files
 from .train_step import PRECISIONS
 
@@ -147,4 +149,21 @@ def warn_linear_rule(cfg: CfgNode) -> None:
             f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: the linear rule "
             f"({16 * rate_per_image:g} for 16 images) gives {expected:g} "
             "(less is right for fine-tuning a detector)"
+        )
+
+
+def warn_unused_losses(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn of keys of MODEL.IOU_BALANCED that are set for a detector without these losses."""
+    if any(isinstance(module, IoUBalancedLoss) for module in model.modules()):
+        return
+    defaults = get_cfg()
+    add_iou_balanced_config(defaults)
+    default = defaults.MODEL.IOU_BALANCED
+    keys = [k for k, value in cfg.MODEL.IOU_BALANCED.items() if value not in (default[k], 0)]
+    if keys:
+        names = [name for name, _ in META_ARCH_REGISTRY if name.startswith("IoUBalanced")]
+        logger.warning(
+            f"MODEL.IOU_BALANCED.{', '.join(keys)} has no effect: {cfg.MODEL.META_ARCHITECTURE} "
+            f"has losses of its own. MODEL.META_ARCHITECTURE may be {', '.join(names)}; a file "
+            "that is merged later may have set it back"
         )

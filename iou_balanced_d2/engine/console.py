@@ -111,15 +111,21 @@ def _losses(cfg: CfgNode, model: nn.Module) -> str:
     loss = next((m for m in model.modules() if isinstance(m, IoUBalancedLoss)), None)
     if loss is None:
         return f"{cfg.MODEL.META_ARCHITECTURE}'s own"
-    options, box = loss.options, loss.box_reg_loss_type
+    options = loss.options
     is_balanced = options.cls_loss == "iou_balanced"
     cls = f"positives x IoU^{options.cls_eta:g}" if is_balanced else options.cls_loss
+    cls += _times(options.cls_loss_weight)
+    box = loss.box_reg_loss_type + _times(options.bbox_reg_loss_weight)
     if not options.loc_lambda:
-        return f"classification {cls}; box {box}"
+        return f"classification {cls}; box {box}{_times(options.loc_weight or 1)}"
     w_loc = f"{options.loc_weight:g}" if options.loc_weight else (
         f"by the rule {options.loc_weight_rule!r}, see iou_balanced/w_loc"
     )  # fmt: skip
     return f"classification {cls}; box {box} x w_loc x IoU^{options.loc_lambda:g}, w_loc {w_loc}"
+
+
+def _times(weight: float) -> str:
+    return "" if weight == 1 else f" x {weight:g}"
 
 
 class FirstIterations(HookBase):

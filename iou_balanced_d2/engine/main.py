@@ -20,6 +20,7 @@ from .checks import (
     check_training,
     check_weights,
     warn_linear_rule,
+    warn_unused_losses,
 )
 from .config import choose_device, load_config
 from .console import describe_run, setup_loggers
@@ -83,6 +84,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
         trainer = Trainer(cfg, trust_checkpoint=args.trust_checkpoint)
         trainer.resume_or_load(resume=resume)
         describe_run(cfg, trainer.model)
+        warn_unused_losses(cfg, trainer.model)
         return trainer.train()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import add_iou_balanced_config
 from ..data import register_datasets_of
 from .checkpoint import LossState
+from .checks import warn_unused_losses
 from .config import flatten
 from .optimizer import build_optimizer
 
@@ -57,6 +58,7 @@ class TrainerMixin:
                 )
         register_datasets_of(cfg)
         super().__init__(cfg)  # type: ignore[call-arg]
+        warn_unused_losses(cfg, self.model)
         self.checkpointer.add_checkpointable("iou_balanced", LossState(self.model))
 
     @classmethod

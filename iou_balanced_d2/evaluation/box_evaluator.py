@@ -1,9 +1,9 @@
 """One evaluator of boxes for all data sets."""
 
-import json
 import logging
 import os
 from collections.abc import Iterable
+from json import JSONEncoder
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from ..files import write_atomically
 from .detections import make_detections, read_ground_truth
 from .matching import evaluate_boxes, num_objects
 from .metrics import (
@@ -105,8 +106,8 @@ class BoxEvaluator(COCOEvaluator):
         self._use_dataset_ids(rows)
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with PathManager.open(path, "w") as f:
-                json.dump(rows, f)
+            pieces = map(str.encode, JSONEncoder().iterencode(rows))  # not one text of gigabytes
+            write_atomically(path, lambda f: f.writelines(pieces))
             self._logger.info(f"{len(rows)} detections written to {path}")
         if not self._do_evaluation:
             self._logger.info("Not evaluated: the data set has no annotations")

@@ -3,6 +3,7 @@
 Letters: N images, K classes, D detections, G objects. Boxes are XYXY in absolute coordinates.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ Rows = list[dict[str, Any]]
 MAX_DETECTIONS = 100  # COCO's limit, of an image and class
 _LARGEST = 1e100  # areas and sums of such numbers are finite
 _FIELDS = {"image_id", "category_id", "bbox", "score"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def read_ground_truth(json_file: str, difficult: str = "ignore") -> GroundTruth:
     content = read_coco_json(json_file, raw)
     if unknown := content["info"]["problems"].get("unknown category"):
         raise UserError(f"{json_file}: {unknown[0]} is not among the categories")
+    odd = content["info"]["problems"].get("not finite")
+    if odd and raw.get("info") != content["info"]:  # of a clean file check_datasets has said it
+        logger.warning(f"{json_file}: {len(odd)} x not finite, left out: {odd[0]}")
     images = sorted(content["images"], key=lambda image: image["id"])
     categories, rows = content["categories"], content["annotations"]
     places = [{row["id"]: i for i, row in enumerate(part)} for part in (images, categories)]

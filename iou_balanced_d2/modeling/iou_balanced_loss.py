@@ -30,6 +30,7 @@ _BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 # A scalar makes the host wait for the device, so they are written as often as detectron2 prints.
 _LOG_PERIOD = 20
+_LEAST_SIDE = 0.01  # pixels, of a box in CIoU
 _EMA_MOMENTUM = 0.9  # detectron2's
 _NOT_SAVED = (
     "Checkpoints of this training don't hold the losses' state (w_loc, the average number of "
@@ -231,6 +232,9 @@ class IoUBalancedLoss(nn.Module):
         # Diverged deltas give a NaN loss, reported by its name, instead of an assertion on boxes.
         finite = torch.isfinite(deltas).all(dim=1)
         boxes = self.box2box_transform.apply_deltas(deltas.where(finite[:, None], 0.0), anchor)
+        if self.box_reg_loss_type == "ciou":  # the gradient of its atan(w / h) is NaN at 0
+            low, high = boxes.split(2, dim=1)
+            boxes = torch.cat([low, high.maximum(low + _LEAST_SIDE)], dim=1)
         loss = _BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
         return loss.where(finite, float("nan"))
 

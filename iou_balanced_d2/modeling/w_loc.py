@@ -13,7 +13,7 @@ from ..losses import LossOptions, iou_balanced_loc_weights
 MIN_BALANCED_SHARE = 0.1
 # Heads that start at noise (with normalisation layers) gave 5.5 and more and worse detectors.
 _LARGE_W_LOC = 5.0
-_MEASURED_WITH = ("loc_lambda", "loc_weight_rule")
+_MEASURED_WITH = ("loc_lambda", "loc_weight_rule", "loc_weight_steps")
 # Causes of a large value, and what to do.
 _BAD_ANCHORS = (
     "the anchors overlap the objects little (tools/check_dataset.py says how many they match)",
@@ -52,6 +52,7 @@ class WLocMeasurement(nn.Module):
         self._fixed = options.loc_weight or float(options.loc_lambda == 0)
         self._settled = self._fixed > 0
         self._num_updates = 0
+        self._look_at = options.loc_weight_steps  # the update after which it may be known
         w_loc = torch.tensor(self._fixed, dtype=torch.float64)
         self.register_buffer("w_loc", w_loc, persistent=False)
         self.register_buffer("sums", torch.zeros(5, dtype=torch.float64), persistent=False)
@@ -89,9 +90,11 @@ class WLocMeasurement(nn.Module):
     def _settle(self) -> None:
         """Log the final value; the host waits for the device only when it may be there."""
         self._num_updates += 1
-        if self._num_updates % self.options.loc_weight_steps:
+        if self._num_updates < self._look_at:
             return
         num_steps, _, _, total, squares = self.sums.tolist()
+        missing = self.options.loc_weight_steps - int(num_steps)
+        self._look_at += missing
         if num_steps == 0 and self._num_updates == self.options.loc_weight_steps:
             logger.warning(
                 f"w_loc could not be measured in {self._num_updates} steps: the boxes overlap "
@@ -99,7 +102,7 @@ class WLocMeasurement(nn.Module):
                 "it can be, the box loss is the plain one. Consider anchors that fit the objects "
                 "(tools/check_dataset.py), or MODEL.IOU_BALANCED.LOC_WEIGHT 2.0"
             )
-        if num_steps < self.options.loc_weight_steps:
+        if missing:
             return
         self._settled = True
         spread = max(squares - total**2 / num_steps, 0.0) ** 0.5 / max(num_steps - 1, 1) ** 0.5

@@ -353,6 +353,40 @@ def test_what_spoils_a_training_is_refused(content, tmp_path, kind, change):
     assert kind in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", [math.nan, -math.inf, 1e200, 10**400], ids=["nan", "-inf", "1e200", "int"]
+)
+def test_boxes_that_are_not_finite_are_named_and_left_out_everywhere(
+    content, tmp_path, caplog, value
+):
+    content["annotations"][1]["bbox"][2] = value
+    cfg = register(content, tmp_path)
+    check_datasets(cfg, training=True)
+    assert f"data set 'own': {tmp_path / 'own.json'}: 1 x not finite: annotations[1] (id 2): " in (
+        caplog.text
+    )
+    assert sum(len(d["annotations"]) for d in load_training_dicts(cfg)) == 7
+    assert ap_of("own") == pytest.approx(100.0)
+    assert caplog.text.count("x not finite") == 1, "told once, not at each evaluation"
+
+
+def test_images_to_judge_by_need_objects(content, tmp_path, caplog):
+    for i, name in enumerate(("own", "other_empty")):
+        entry = {**content, "annotations": content["annotations"] if i == 0 else []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(entry))
+    cfg = register(content, tmp_path)
+    file = str(tmp_path / "other_empty.json")
+    cfg.DATASETS.COCO_JSON += (("other_empty", file, str(tmp_path / "images")),)
+    cfg.DATASETS.TRAIN = ("own", "other_empty")
+    check_datasets(cfg, training=True)
+    cfg.DATASETS.TEST = ("own", "other_empty")
+    with pytest.raises(UserError, match=r"TEST: data set 'other_empty': no image has a usable box"):
+        check_datasets(cfg, training=True)
+    caplog.clear()
+    check_datasets(cfg, training=False)  # detections of images that nobody has annotated
+    assert "data set 'other_empty': no image has a usable box" in caplog.text
+
+
 def test_missing_images_are_named_before_training(content, tmp_path):
     cfg = register(content, tmp_path)
     (tmp_path / "images/2.png").unlink()

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from iou_balanced_d2.data import conversion, prepare_dataset
+from iou_balanced_d2.data.coco import CocoSource
 from iou_balanced_d2.data.conversion import (
     cached_json,
     map_files,
@@ -54,6 +56,13 @@ class ToySource:
             "annotations": [],
             "categories": [{"id": 1, "name": name}],
         }
+
+
+@dataclass(frozen=True)
+class SplitSource(ToySource):
+    """A part of the same folder."""
+
+    split: str
 
 
 @pytest.fixture
@@ -107,6 +116,29 @@ def test_a_changed_source_is_converted_anew_and_old_caches_go(toy):
     assert not Path(old).exists()
     assert not half.exists()
     assert caches(toy.folder) == sorted([kept.name, Path(new).name]), "another set's stays"
+
+
+def test_other_sources_of_the_same_name_stay(toy, own_data):
+    """Two config files of one's photos, say, each with images held out of its own."""
+    (annotations, images), other = own_data, Path(own_data[0]).with_name("other.json")
+    shutil.copy2(annotations, other)
+    splits = [SplitSource(toy.folder, split) for split in ("train", "valid")]
+    files = [CocoSource(path, images) for path in (annotations, str(other))]
+    for sources in (splits, files):
+        first, second = (Path(cached_json("toy", source)) for source in sources)
+        assert first.exists()
+        assert second.exists()
+    other.write_text(other.read_text() + "\n")
+    third = Path(cached_json("toy", files[1]))
+    assert [path.exists() for path in (first, second, third)] == [True, False, True]
+
+
+def test_a_set_that_is_moved_or_spelt_otherwise_keeps_its_cache(toy, own_data, tmp_path):
+    Path(own_data[0]).rename(tmp_path / "data/a.json")
+    path = cached_json("toy", CocoSource(str(tmp_path / "data/a.json"), own_data[1]))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = cached_json("toy", CocoSource(str(tmp_path / "images/../moved/a.json"), "images"))
+    assert Path(moved).name == Path(path).name
 
 
 def test_the_same_size_at_another_time_is_a_change(toy):

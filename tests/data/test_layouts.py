@@ -84,6 +84,33 @@ def test_coco(photos, own_data, files):
     check_boxes(splits)
 
 
+def test_photos_of_one_name_in_each_split(photos, own_data):
+    for split in ("train", "val"):
+        shutil.copytree(photos / "images", photos / f"training data/images/{split}")
+        write_coco(own_data, photos / f"annotations/{split}.json")
+    shutil.rmtree(photos / "images")
+    for name, split in find_splits(photos).items():
+        word = {"train": "train", "valid": "val"}[name]
+        assert split.image_root == str(photos / f"training data/images/{word}")
+    (photos / "annotations/train.json").unlink()  # val.json alone stands for all
+    assert find_splits(photos)["train"].image_root.endswith("val")
+
+
+def test_which_folder_has_the_photos_is_not_guessed(photos, own_data):
+    (photos / "images").rename(photos / "rgb")
+    shutil.copytree(photos / "rgb", photos / "masks")
+    write_coco(own_data, photos / "annotations.json")
+    with pytest.raises(
+        UserError, match=r"annotations.json: .*/masks and .*/rgb .*: move the wrong"
+    ):
+        find_splits(photos)
+    (photos / "masks").rename(photos / "masks of train")
+    with pytest.raises(UserError, match="move the wrong"):
+        find_splits(photos)
+    shutil.copytree(photos / "rgb", photos, dirs_exist_ok=True)
+    assert find_splits(photos)["train"].image_root == str(photos), "beside the file"
+
+
 @pytest.mark.parametrize("name", ["labels", "latest", "intervals"])
 def test_coco_without_splits_and_with_too_many(photos, own_data, name):
     write_coco(own_data, photos / f"{name}.json")

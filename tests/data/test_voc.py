@@ -264,6 +264,23 @@ def test_other_image_formats_and_files_beside_them(folder):
     assert names == ["a.PNG", "b.jpg"]
 
 
+def test_of_two_images_the_list_or_else_the_xml_names_one(folder):
+    for name in "ab":
+        (folder / f"JPEGImages/{name}.png").write_bytes(b"a mask")
+    register_voc_folder("own", str(folder), "train")
+    names = lambda: [Path(i["file_name"]).name for i in content_of("own")["images"]]  # noqa: E731
+    assert names() == ["a.png", "b.png"]
+    (folder / LIST).write_text("a.jpg 1\nb\n")
+    assert names() == ["a.jpg", "b.png"]
+    named = "<annotation><filename>C:\\photos\\{}.jpg</filename>"
+    for name, stated in (("a", "b"), ("b", "b")):
+        file = folder / f"Annotations/{name}.xml"
+        file.write_text(file.read_text().replace("<annotation>", named.format(stated)))
+    assert names() == ["a.jpg", "b.jpg"]
+    (folder / LIST).write_text("a\nJPEGImages/b.png\n")
+    assert names() == ["a.png", "b.png"], "another image's name, and the list comes first"
+
+
 def spoil(path, text):
     """A change of one file, or its removal."""
 

@@ -1,6 +1,7 @@
 """Data sets of YOLO's layout, against boxes worked out by hand."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from iou_balanced_d2.data import check_datasets, prepare_dataset, register_yolo_folder
+from iou_balanced_d2.data.loading import load_training_dicts
 from iou_balanced_d2.engine import load_config
 from iou_balanced_d2.errors import UserError
 from iou_balanced_d2.model_zoo import get_config_file
 
 from ..command import forget_own_data
+from .test_coco_format import ap_of
 
 CONFIG = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 A = "labels/train/a.txt"
@@ -85,6 +88,19 @@ def test_ways_to_write_data_yaml(tmp_path, changes):
     assert content_of(write(tmp_path, **changes)) == expected
 
 
+def test_class_names_may_be_whole_numbers(tmp_path):
+    content = content_of(write(tmp_path, names=[0, 1]))
+    assert [c["name"] for c in content["categories"]] == ["0", "1"]
+
+
+def test_hidden_folders_hold_no_photos(tmp_path):
+    expected = content_of(write(tmp_path / ".hidden/set"))
+    copies = tmp_path / ".hidden/set/images/train/.ipynb_checkpoints/deep"
+    copies.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(copies / "a-checkpoint.png")
+    assert content_of(tmp_path / ".hidden/set") == expected
+
+
 def test_the_folder_called_images_last_is_the_one(tmp_path):
     folder = write(tmp_path / "images" / "deep")
     assert len(content_of(folder)["annotations"]) == 2
@@ -139,6 +155,8 @@ BROKEN = {
     ),
     "pixels": (lambda f: (f / A).write_text("1 50 20 9 9"), "in shares of the image"),
     "predictions": (lambda f: (f / A).write_text("1 .5 .5 .1 .1 .9"), "6 numbers, as predictions"),
+    "a truth value": (lambda f: write(f, names=[False, "b"]), "names has False, which is no text"),
+    "a date": (lambda f: write(f, names={0: date(2020, 1, 2)}), "in quotes"),
     "kpt_shape": (lambda f: write(f, kpt_shape=17), "kpt_shape must be two whole numbers"),
     "3 numbers": (lambda f: (f / A).write_text("1 .5 .5"), "a class and a box or polygon"),
     "bad image": (
@@ -159,13 +177,41 @@ def test_broken_input_is_one_line(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_from_the_config(tmp_path):
-    write(tmp_path)
+def config_of(folder, test="train"):
     forget_own_data()
-    cfg = load_config(CONFIG, [
-        "DATASETS.YOLO_FOLDER", repr((("own", str(tmp_path / "data.yaml"), "train"),)),
-        "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+    DatasetCatalog.pop("own_test", None)
+    MetadataCatalog.pop("own_test", None)
+    file = str(folder / "data.yaml")
+    return load_config(CONFIG, [
+        "DATASETS.YOLO_FOLDER", repr((("own", file, "train"), ("own_test", file, test))),
+        "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own_test',)",
         "MODEL.RETINANET.NUM_CLASSES", "2",
     ])  # fmt: skip
+
+
+def test_from_the_config(tmp_path):
+    cfg = config_of(write(tmp_path))
     check_datasets(cfg, training=True, read_images=True)
     assert [len(d["annotations"]) for d in DatasetCatalog.get("own")] == [2, 0]
+
+
+def test_a_split_to_judge_by_needs_objects(tmp_path):
+    cfg = config_of(write(tmp_path), "val")
+    label = r"none of its images has a label file, such as .*labels/val/c\.txt"
+    with pytest.raises(UserError, match=rf"'own_test': no image has a usable box.*{label}"):
+        check_datasets(cfg, training=True)
+    (tmp_path / "labels/val").mkdir()
+    (tmp_path / "labels/val/c.txt").write_text("")
+    with pytest.raises(UserError, match="'own_test': no image has a usable box") as caught:
+        check_datasets(cfg, training=True)
+    assert "label file" not in str(caught.value)
+
+
+def test_boxes_that_are_not_finite_are_left_out(tmp_path, caplog):
+    (write(tmp_path) / A).write_text("1 nan .5 .2 .4\n0 .5 .5 .2 .4\n")
+    cfg = config_of(tmp_path)
+    check_datasets(cfg, training=True)
+    assert "data.yaml: 1 x not finite: " in caplog.text
+    assert "images/train/a.png" in caplog.text
+    assert sum(len(d["annotations"]) for d in load_training_dicts(cfg)) == 1
+    assert ap_of("own_test") == pytest.approx(100.0)

@@ -44,6 +44,8 @@ def test_options_override_the_file():
         ("SOLVER: {BASE_LR: fast}", "SOLVER.BASE_LR"),
         ("MODEL: [", "line 3"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml' not found"),
+        ("SOLVER: {}\nSEED: 1\nSOLVER: {}", "has the key 'SOLVER' twice, in lines 2 and 4"),
+        ("MODEL:\n  FPN:\n    NORM: GN\n    NORM: BN", "'NORM' twice, in lines 4 and 5"),
         ("SEED: !!python/object/apply:eval ['1']", "only plain values are allowed"),
     ],
 )
@@ -52,6 +54,18 @@ def test_broken_files_are_explained(tmp_path, text, expected):
     message = refusal(load_config, path)
     assert path in message
     assert expected in message
+
+
+def test_a_key_may_be_in_a_base_or_merged_as_well_but_no_file_may_have_it_twice(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("VERSION: 2\nSOLVER: {BASE_LR: 0.5, GAMMA: 0.5}\n")
+    text = "_BASE_: base.yaml\nSOLVER: {GAMMA: 0.2}\nTEST: {AUG: {MIN_SIZES: [1, 1]}}"
+    cfg = load_config(write(tmp_path, text))
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA) == (0.5, 0.2)
+    merged = "SOLVER: {GAMMA: 0.2}\nMODEL: {FPN: &f {NORM: GN}, RETINANET: {<<: *f, NORM: BN}}"
+    assert load_config(write(tmp_path, merged)).MODEL.RETINANET.NORM == "BN"
+    base.write_text("SOLVER: {}\nSOLVER: {}\n")
+    assert f"'{base}' has the key 'SOLVER' twice" in refusal(load_config, write(tmp_path, text))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,12 @@ def test_w_loc_is_saved_and_resumed_by_the_mixin(cfg, tmp_path, caplog):
     assert state_of(again).w_loc_measurement.w_loc == w_loc
 
 
+def test_losses_that_the_detector_does_not_have_are_told(cfg, caplog):
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    Mine(cfg)
+    assert "MODEL.IOU_BALANCED.LOC_WEIGHT_STEPS has no effect: RetinaNet has" in caplog.text
+
+
 @pytest.mark.parametrize("clip_type", ["value", "full_model"])
 def test_the_optimizer_is_that_of_the_trainer_that_is_extended(cfg, clip_type):
     class WithAdam(DefaultTrainer):

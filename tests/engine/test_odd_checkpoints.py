@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -61,8 +62,8 @@ CONTENTS = {
     "a text": ("weights", "is not a dict of weights"),
     "a tensor": (W, "is not a dict of weights"),
     "a list": ([W, W], "is not a dict of weights"),
-    "an empty dict": ({}, "has no parameter of the model"),
-    "no weights": ({"model": {}}, "has no parameter of the model"),
+    "an empty dict": ({}, "has 0 of the model's"),
+    "no weights": ({"model": {}}, "has 0 of the model's"),
     "model none": ({"model": None}, "NoneType instead of weights"),
     "model a list": ({"model": [W]}, "list instead of weights"),
     "model a tensor": ({"model": W}, "Tensor instead of weights"),
@@ -79,7 +80,7 @@ CONTENTS = {
     "expanded": ({"weight": torch.ones(1).expand(2**20, 2**20)}, "larger than its data"),
     "nan": ({"weight": torch.tensor([[1.0, np.nan]] * 2)}, "'weight': it holds NaN"),
     "other names": ({"fc.weight": W}, "its names are 'fc.weight', ..., the model's weight, bias"),
-    "all of other shapes": (WIDE, "has no parameter of the model"),
+    "all of other shapes": (WIDE, "has 0 of the model's"),
 }  # fmt: skip
 
 
@@ -316,6 +317,14 @@ def test_weights_to_evaluate_are_all_there(tmp_path, options, said):
     RobustCheckpointer(Trainer.build_model(cfg)).load(path, [])  # to be fine-tuned
 
 
+def test_weights_of_a_deeper_network_are_not_evaluated(tmp_path):
+    deeper = toy_model("MODEL.RETINANET.NUM_CONVS", 2)
+    path = write(tmp_path / "x.pth", {"model": deeper.state_dict()})
+    message = refusal(RobustCheckpointer(toy_model(), strict=True).load, path, [])
+    assert "head.cls_subnet.2.weight is not of the model" in message
+    RobustCheckpointer(toy_model()).load(path, [])  # to be fine-tuned
+
+
 def test_a_training_of_other_classes_is_not_resumed(tmp_path):
     other = toy_model()
     RobustCheckpointer(other, str(tmp_path)).save("model_0000003", iteration=3)
@@ -331,7 +340,18 @@ def test_weights_of_another_kind_are_refused_everywhere(tmp_path):
     for strict in (False, True):
         checkpointer = RobustCheckpointer(toy_model(), strict=strict)
         message = refusal(checkpointer.resume_or_load, path, resume=False)
-        assert "has no parameter of the model: its names are 'conv1.weight', 'layer1.0" in message
+        assert "parameters: its names are 'conv1.weight', 'layer1.0" in message
+
+
+def test_a_few_like_names_do_not_make_the_weights_the_models(tmp_path):
+    """Torchvision's ResNet has one of detectron2's names, as heuristics see it: the stem's."""
+    own = toy_model().state_dict()
+    stem = next(name for name in own if name.endswith("stem.conv1.weight"))
+    content = {"model": {"layer1.0.x": W, stem: own[stem]}, "matching_heuristics": True}
+    path = write(tmp_path / "x.pth", content)
+    message = refusal(RobustCheckpointer(toy_model()).resume_or_load, path, resume=False)
+    assert re.search(r"has 1 of the model's \d+ parameters", message)
+    assert message.endswith("convert-torchvision-to-d2.py")
 
 
 def test_the_average_of_other_weights_is_named(tmp_path, monkeypatch):

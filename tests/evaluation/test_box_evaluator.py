@@ -105,6 +105,20 @@ def test_json_keeps_the_models_precision(tmp_path, dataset):
     assert np.float32(content["bbox"][:2]).tolist() == np.float32(row[0][:2]).tolist()
 
 
+def test_a_broken_off_evaluation_leaves_the_earlier_detections(tmp_path, dataset):
+    run(BoxEvaluator(dataset, str(tmp_path)), [outputs_of(found(0))])
+    results = tmp_path / "coco_instances_results.json"
+    before, names = results.read_bytes(), set(tmp_path.iterdir())
+    evaluator = BoxEvaluator(dataset, str(tmp_path))
+    evaluator.reset()
+    for image_id in (0, b"not written"):
+        evaluator.process([{"image_id": image_id}], outputs_of(found(1)))
+    with pytest.raises(TypeError):
+        evaluator.evaluate()
+    assert results.read_bytes() == before
+    assert set(tmp_path.iterdir()) == names
+
+
 def test_tables_and_csv_line(tmp_path, dataset, caplog):
     caplog.set_level(logging.INFO)
     results = run(BoxEvaluator(dataset, str(tmp_path)), [outputs_of(found(i)) for i in range(4)])

@@ -164,11 +164,17 @@ def test_policies_of_difficult_objects(tmp_path):
         read_objects(tmp_path, difficult="skip")
 
 
+def test_objects_whose_box_is_not_finite_are_left_out(tmp_path, caplog):
+    objects = [object_of(3, 2, [0, 0, 5, v]) for v in (5, float("nan"), float("inf"), 1e200)]
+    assert read_objects(tmp_path, *objects).boxes.tolist() == [[0, 0, 5, 5]]
+    assert "gt.json: 3 x not finite, left out: annotations[1] (id None): box" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"category_id": 8}, r"gt.json: annotations\[0\] .*: category_id 8 is not among"),
-        ({"bbox": [0, 0, 5, float("nan")]}, r"annotations\[0\]: bbox must be 4 finite numbers"),
+        ({"bbox": [0, 0, 5]}, r"annotations\[0\]: bbox must be 4 numbers"),
         ({"iscrowd": "7"}, r"annotations\[0\]: iscrowd must be 0 or 1, got '7'"),
     ],
 )

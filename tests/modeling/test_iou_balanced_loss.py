@@ -240,6 +240,19 @@ def test_diverged_deltas_leave_the_other_loss_and_the_state_alone(box_loss, valu
     assert torch.isfinite(module.num_pos_ema)
 
 
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "diou", "ciou"])
+def test_boxes_without_height_have_a_finite_gradient(box_loss):
+    anchors, logits, labels, deltas, gt = make_batch()
+    flat = [d.detach().clone() for d in deltas]
+    for d in flat:
+        d[..., 3] = -30.0
+        d.requires_grad_()
+    sum(
+        make_loss(box_reg_loss_type=box_loss)(anchors, logits, labels, flat, gt).values()
+    ).backward()
+    assert all(torch.isfinite(d.grad).all() for d in flat)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arithmetic_is_float32_for_half_precision_predictions(dtype):
     anchors, logits, labels, deltas, gt = make_batch(dtype=torch.float32)

@@ -83,6 +83,17 @@ def test_the_spread_of_the_steps_is_logged(caplog):
     assert caplog.text.count("w_loc measured") == 1
 
 
+def test_a_step_without_positives_delays_the_log_by_one_step(caplog):
+    module = make_loss(loc_weight_steps=4)
+    anchors, logits, labels, deltas, gt = make_batch(0)
+    with caplog.at_level(logging.INFO, logger="iou_balanced_d2"):
+        module(anchors, logits, [torch.full_like(x, K) for x in labels], deltas, gt)
+        for seed in range(4):
+            assert "w_loc measured" not in caplog.text
+            module(*make_batch(seed))
+    assert caplog.text.count("w_loc measured") == 1
+
+
 def test_running_keeps_the_sum_of_the_box_loss_at_every_step():
     running = make_loss(loc_weight_rule="running", normalizer="batch")
     plain = make_loss(loc_lambda=0.0, normalizer="batch")
@@ -133,10 +144,11 @@ def test_a_resumed_training_with_another_power_measures_anew(before):
 
 @pytest.mark.parametrize("change", [
     {"loc_weight_rule": "anchors"}, {"box_reg_loss_type": "giou"}, {"loc_lambda": 1.0},
+    {"loc_weight_steps": 2},
 ])  # fmt: skip
 def test_a_resumed_training_of_other_options_measures_anew(change):
     module = make_loss(loc_weight_steps=1)
-    resumed, new = (make_loss(loc_weight_steps=1, **change) for _ in range(2))
+    resumed, new = (make_loss(**{"loc_weight_steps": 1, **change}) for _ in range(2))
     module(*make_batch(0))
     resumed.load_training_state(module.training_state())
     for changed in (resumed, new):

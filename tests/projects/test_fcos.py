@@ -292,6 +292,9 @@ def test_mistakes_are_named():
     cfg = config("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "anchors")
     with pytest.raises(ValueError, match=r"^MODEL\.IOU_BALANCED\.LOC_WEIGHT_RULE must be first"):
         build_model(cfg)
+    for key, value in (("LOC_LAMBDA", 0.0), ("LOC_WEIGHT", 1.5)):  # nothing is measured
+        build_model(config("MODEL.IOU_BALANCED.LOC_WEIGHT_RULE", "anchors",
+                           f"MODEL.IOU_BALANCED.{key}", value))  # fmt: skip
 
 
 def test_projects_are_found_and_give_their_keys():

@@ -134,6 +134,21 @@ def test_patterns_and_equal_names(run_fast, tmp_path):
     assert names == ["1.png", "1_2.png", "2.png"]
 
 
+def test_no_picture_is_drawn_over_an_input(run_fast, tmp_path, capsys):
+    """Nor over the next folder's; what is not there has no part in this."""
+    for name in ("images/0.png", "found/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / "images/1.png").read_bytes())
+    mine = (tmp_path / "found/0.png").read_bytes()
+    assert run_fast("--input", "images", "found") == 2
+    message = "found/0.png would be overwritten: give another folder as --output"
+    assert message in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "found").iterdir()] == ["0.png"], "nothing is drawn"
+    assert (tmp_path / "found/0.png").read_bytes() == mine
+    assert run_fast("--input", "gone/0.png", "images/1.png") == 1
+    assert "gone/0.png: skipped, can't be read" in capsys.readouterr().err
+
+
 def test_missing_and_broken_files_are_named_and_skipped(run_fast, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     whole = (tmp_path / "images/1.png").read_bytes()

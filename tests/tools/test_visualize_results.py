@@ -65,3 +65,24 @@ def test_missing_detections_are_one_line(command, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "coco_instances_results.json not found: train, or evaluate" in message
+
+
+def test_broken_files_are_one_line(tmp_path, command, capsys):
+    """Half a file of detections, one of another data set's, and a broken photo."""
+    results = tmp_path / "out/inference/own/coco_instances_results.json"
+    results.parent.mkdir(parents=True)
+
+    def message(content):
+        results.write_text(content)
+        assert command() == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("visualize_results.py: error: ")
+        return error
+
+    detection = {"image_id": 0, "category_id": 8, "bbox": [30, 40, 20, 20], "score": 0.9}
+    assert f"{results}: not a JSON file" in message(json.dumps([detection])[:40])
+    assert "images/0.png' is of category_id 8, which data set 'own' lacks" in message(
+        json.dumps([detection])
+    )
+    (tmp_path / "images/1.png").write_bytes(b"no picture")
+    assert "images/1.png' can't be used: cannot identify image file" in message("[]")

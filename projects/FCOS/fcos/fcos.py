@@ -92,7 +92,8 @@ class IoUBalancedFCOS(FCOS, DetectorInterface):
             ValueError: if an option is not for FCOS; the message names the key.
         """
         super().__init__(**fcos)
-        if iou_balanced.loc_weight_rule == "anchors":
+        measured = iou_balanced.loc_lambda > 0 and not iou_balanced.loc_weight
+        if measured and iou_balanced.loc_weight_rule == "anchors":
             raise ValueError(
                 "MODEL.IOU_BALANCED.LOC_WEIGHT_RULE must be first or running, got 'anchors': FCOS "
                 "has points in place of anchors, so there are no boxes to measure w_loc with"
