@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from iou_balanced_d2.analysis.page import Page
-from iou_balanced_d2.commands import demo, run_command
+from iou_balanced_d2.commands import run_command
 from iou_balanced_d2.data import conversion, register_coco_json, register_voc_folder
 from iou_balanced_d2.data.anchors import anchor_recall
 from iou_balanced_d2.data.checks import check_datasets
@@ -272,15 +272,6 @@ def test_pictures_stay_in_their_folder_whatever_images_are_called(tmp_path, own_
     kept = {path for path in tmp_path.rglob("*") if not {output, cache} & {path, *path.parents}}
     assert kept == before
     assert cv2.imread(str(outside / "0.png")).mean() == 90
-
-
-def test_the_demo_does_not_replace_what_it_draws_on(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "x.jpg").write_bytes(b"mine")
-    for folder in (tmp_path, tmp_path / "link"):
-        with pytest.raises(UserError, match=r"x\.jpg would be overwritten: give another folder"):
-            demo.keep_input(str(tmp_path / "x.jpg"), folder / "x.jpg")
-        demo.keep_input(str(tmp_path / "x.jpg"), folder / "y.jpg")
 
 
 def voc_folder(folder, ids, images=("0",)):

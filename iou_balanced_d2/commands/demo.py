@@ -90,12 +90,6 @@ def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> np.ndarra
     return draw_boxes(image[:, :, ::-1], boxes, classes, labels, scale)[:, :, ::-1]
 
 
-def keep_input(file: str, target: Path) -> None:
-    """Make sure that what is drawn does not replace a picture that is drawn on."""
-    if target.exists() and target.samefile(file):
-        raise UserError(f"{file} would be overwritten: give another folder as --output")
-
-
 def summary(num_boxes: int, best_score: float, threshold: float) -> str:
     """How many boxes there were, and what to do if there were none."""
     text = f"{num_boxes} boxes of score {threshold:g} or more"
@@ -143,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = {os.stat(file)[1:3]: file for file in files if os.path.exists(file)}
     for target in filter(os.path.exists, targets):
         if replaced := inputs.get(os.stat(target)[1:3]):
-            keep_input(replaced, target)
+            raise UserError(f"{replaced} would be overwritten: give another folder as --output")
     failed, num_boxes, best_score = 0, 0, 0.0
     for file, target in zip(tqdm(files, disable=len(files) < 2), targets, strict=True):
         try:

@@ -94,13 +94,15 @@ def check_datasets(
         raise UserError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box{hint}"
         )
-    for name in cfg.DATASETS.TEST:
-        if is_empty.get(name):
-            text = f"DATASETS.TEST: data set {name!r}: no image has a usable box, so that AP is NaN"
-            text += _label_hint(name)
-            if training:
-                raise UserError(f"{text}; --eval-only takes such images")
-            logger.warning(text)
+    empty = [name for name in cfg.DATASETS.TEST if is_empty.get(name)]
+    for name in empty:
+        text = (
+            f"DATASETS.TEST {name!r}: no image has a usable box{_label_hint(name)}: there is no AP "
+            "without annotations"
+        )
+        if training and look is None and len(empty) == len(cfg.DATASETS.TEST):
+            raise UserError(f"{text} (--eval-only writes detections without them)")
+        logger.warning(text)
 
 
 def _label_hint(name: str) -> str:

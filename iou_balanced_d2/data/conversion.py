@@ -5,7 +5,8 @@ be written or is a link (data from others could contain a link to any place), th
 ``$XDG_CACHE_HOME/iou_balanced_d2``. The key is a digest of the converter's source code, of its
 arguments, and of the list of annotation files with their sizes and times of change. The files are
 not read for it, as that would take as long as converting them. An edit that keeps size and time
-goes unnoticed; delete the cache then.
+goes unnoticed; delete the cache then. Files of other sources of the same name stay; the folder may
+be deleted at any time.
 """
 
 import codecs

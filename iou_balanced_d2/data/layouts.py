@@ -89,6 +89,10 @@ def _yolo(folder: Path) -> dict[str, Split]:
             content = read_yaml(file)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
             continue
+        except UserError:
+            if file.name == "data.yaml":
+                raise
+            continue
         if isinstance(content, dict) and {"names", "train"} <= content.keys():
             return {
                 split: _convert("YOLO_FOLDER", [str(file), name], YoloSource(str(file), name))
@@ -163,10 +167,12 @@ def _image_root(folder: Path, file: Path, content: dict[str, Any]) -> str:
     if roots[0] != file.parent and len(roots) > 1:
         split = _split_of(file, folder)
         roots = [path for path in roots if split and _split_of(path, folder) == split] or roots
+        parts = {path: [x.lower() for x in path.relative_to(folder).parts] for path in roots}
+        roots = [path for path in roots if "images" in parts[path]] or roots
         if len(roots) > 1:
             raise UserError(
                 f"{file}: {roots[0]} and {roots[1]} both have its images ({names[0]}, ...): move "
-                f"the wrong one out of {folder}, or write a config's DATASETS.COCO_JSON yourself"
+                f"the wrong one out of {folder}, or name the other in a config's DATASETS.COCO_JSON"
             )
     return str(roots[0])
 

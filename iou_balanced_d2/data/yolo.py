@@ -119,10 +119,7 @@ def class_names_of(content: dict[str, Any], path: str) -> list[str]:
     if not (isinstance(names, list) and names and None not in names):
         raise UserError(f"{path}: names must be a list of class names, or 0: name, 1: name, ...")
     if odd := [name for name in names if type(name) not in (str, int)]:  # a bool is an int, too
-        raise UserError(
-            f"{path}: names has {odd[0]!r}, which is no text: put the class's name in quotes, as "
-            "YAML reads no, off, yes and on as false and true"
-        )
+        raise UserError(f"{path}: names has {odd[0]!r}, which is no text: put the name in quotes")
     if content.get("nc", len(names)) != len(names):
         raise UserError(f"{path}: nc is {content['nc']!r}, but names has {len(names)} classes")
     return [str(name) for name in names]

@@ -227,16 +227,15 @@ class RobustCheckpointer(DetectionCheckpointer):
         missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
         own = dict(self.model.named_parameters()).keys()
         if len(own - missing) < _LEAST_SHARE * len(own):
-            how = "append ?matching_heuristics=True"
+            how = "convert it to detectron2's names, or append ?matching_heuristics=True"
             if any(name.startswith("layer1.") for name in theirs):
-                how = "torchvision's with detectron2's tools/convert-torchvision-to-d2.py"
+                how = "convert torchvision's by detectron2's tools/convert-torchvision-to-d2.py"
             raise UserError(
                 f"checkpoint {path!r} has {len(own - missing)} of the model's {len(own)} "
                 f"parameters: its names are {', '.join(map(repr, theirs[:2]))}, ..., the model's "
-                f"{', '.join(list(own)[:2])}, ...: convert it to detectron2's names, or {how}"
+                f"{', '.join(list(own)[:2])}, ...: {how}"
             )
-        # Of buffers others may be right, those of a deeper network's layers are not.
-        surplus = [k for k in incompatible.unexpected_keys if k.endswith((".weight", ".bias"))]
+        surplus = list(filter(self._is_of_a_further_layer, incompatible.unexpected_keys))
         if not (strict and (missing or surplus)):
             return
         shapes = {k: f"{k} has shape {a}, not {b}" for k, a, b in incompatible.incorrect_shapes}
@@ -248,6 +247,15 @@ class RobustCheckpointer(DetectionCheckpointer):
             f"checkpoint {path!r} does not fit the model: {classes and classes + ': '}"
             f"{', '.join(problems[:3])}{more}; use the config that it was trained with"
         )
+
+    def _is_of_a_further_layer(self, name: str) -> bool:
+        """Whether a name is of a deeper network, as in res4.6; other parts may be left unused."""
+        modules = dict(self.model.named_modules()).keys()
+        parts = name.split(".")[:-1]
+        first = next(
+            (i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in modules), None
+        )
+        return first is not None and parts[first].isdigit()
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         if message := other_classes_message(self.model, incompatible.incorrect_shapes):

@@ -72,9 +72,8 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid or self._ignored:
             return  # (another pid: a data worker, which inherits this and ends with its parent)
-        launched = signum == signal.SIGINT and multiprocessing.parent_process() is not None
         again = self.received == signum and time.monotonic() > self._when + ONE_SIGNAL
-        if again and not launched:
+        if again and not (signum == signal.SIGINT and multiprocessing.parent_process()):
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._pid, signum)
         if self.received is None:

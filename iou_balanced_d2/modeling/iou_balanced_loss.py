@@ -234,7 +234,8 @@ class IoUBalancedLoss(nn.Module):
         boxes = self.box2box_transform.apply_deltas(deltas.where(finite[:, None], 0.0), anchor)
         if self.box_reg_loss_type == "ciou":  # the gradient of its atan(w / h) is NaN at 0
             low, high = boxes.split(2, dim=1)
-            boxes = torch.cat([low, high.maximum(low + _LEAST_SIDE)], dim=1)
+            least = (1e-6 * low.detach().abs()).clamp(min=_LEAST_SIDE)
+            boxes = torch.cat([low, high.maximum(low + least)], dim=1)
         loss = _BOX_LOSSES[self.box_reg_loss_type](boxes, gt, reduction="none")
         return loss.where(finite, float("nan"))
 
@@ -313,7 +314,8 @@ class IoUBalancedLoss(nn.Module):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint; w_loc stays if the user set it.
 
-        A w_loc that was measured with another type of box loss, lambda or rule is measured anew.
+        A w_loc that was measured with another type of box loss, lambda, rule or number of steps is
+        measured anew.
         """
         self.num_pos_ema.copy_(state["num_pos_ema"])
         if state.get("box_reg_loss_type", self.box_reg_loss_type) == self.box_reg_loss_type:

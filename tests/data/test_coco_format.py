@@ -379,12 +379,16 @@ def test_images_to_judge_by_need_objects(content, tmp_path, caplog):
     cfg.DATASETS.COCO_JSON += (("other_empty", file, str(tmp_path / "images")),)
     cfg.DATASETS.TRAIN = ("own", "other_empty")
     check_datasets(cfg, training=True)
-    cfg.DATASETS.TEST = ("own", "other_empty")
-    with pytest.raises(UserError, match=r"TEST: data set 'other_empty': no image has a usable box"):
+    cfg.DATASETS.TEST = ("other_empty",)
+    message = "DATASETS.TEST 'other_empty': no image has a usable box"
+    with pytest.raises(UserError, match=message):
         check_datasets(cfg, training=True)
-    caplog.clear()
-    check_datasets(cfg, training=False)  # detections of images that nobody has annotated
-    assert "data set 'other_empty': no image has a usable box" in caplog.text
+    # Detections of images that nobody has annotated: alone, or beside a set to judge by.
+    for training, names in ((False, ("other_empty",)), (True, ("own", "other_empty"))):
+        cfg.DATASETS.TEST = names
+        caplog.clear()
+        check_datasets(cfg, training=training)
+        assert message in caplog.text
 
 
 def test_missing_images_are_named_before_training(content, tmp_path):

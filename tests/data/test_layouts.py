@@ -96,6 +96,15 @@ def test_photos_of_one_name_in_each_split(photos, own_data):
     assert find_splits(photos)["train"].image_root.endswith("val")
 
 
+def test_a_file_that_is_no_config_does_not_matter(photos, own_data):
+    (photos / "notes.yaml").write_text("a: 1\na: 2\n")
+    write_coco(own_data, photos / "annotations.json")
+    assert find_splits(photos)["train"].image_root == str(photos / "images")
+    (photos / "notes.yaml").rename(photos / "data.yaml")
+    with pytest.raises(UserError, match="has the key 'a' twice, in lines 1 and 2"):
+        find_splits(photos)
+
+
 def test_which_folder_has_the_photos_is_not_guessed(photos, own_data):
     (photos / "images").rename(photos / "rgb")
     shutil.copytree(photos / "rgb", photos / "masks")
@@ -107,6 +116,8 @@ def test_which_folder_has_the_photos_is_not_guessed(photos, own_data):
     (photos / "masks").rename(photos / "masks of train")
     with pytest.raises(UserError, match="move the wrong"):
         find_splits(photos)
+    shutil.copytree(photos / "rgb", photos / "images")
+    assert find_splits(photos)["train"].image_root == str(photos / "images")
     shutil.copytree(photos / "rgb", photos, dirs_exist_ok=True)
     assert find_splits(photos)["train"].image_root == str(photos), "beside the file"
 

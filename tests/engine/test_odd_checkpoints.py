@@ -322,6 +322,9 @@ def test_weights_of_a_deeper_network_are_not_evaluated(tmp_path):
     path = write(tmp_path / "x.pth", {"model": deeper.state_dict()})
     message = refusal(RobustCheckpointer(toy_model(), strict=True).load, path, [])
     assert "head.cls_subnet.2.weight is not of the model" in message
+    more = {**toy_model().state_dict(), "mask_head.0.weight": W, "head.iou.weight": W}
+    path = write(tmp_path / "y.pth", {"model": more})
+    RobustCheckpointer(toy_model(), strict=True).load(path, [])  # parts that are not used
     RobustCheckpointer(toy_model()).load(path, [])  # to be fine-tuned
 
 

@@ -272,6 +272,8 @@ def _read_record(path: str | Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             raise UserError(f"{path}: not the record of a run: {key!r} is no {kind.__name__}")
+    if not isinstance(record.get("settings", {}), dict):
+        raise UserError(f"{path}: not the record of a run: 'settings' is no dict")
     for metric in METRICS:
         if not isinstance(record["metrics"].get(metric, ""), int | float | None):  # "": missing
             raise UserError(f"{path}: not the record of a run: metric {metric} is no number")
@@ -294,12 +296,16 @@ def _check_alike(
         ("config", dataset, variant, json.dumps(settings, sort_keys=True)): record.get("config"),
     }
     for group, value in facts.items():
+        if value is None:  # not in every record
+            continue
         other, expected = known.setdefault(group, (path, value))
         if value != expected:
-            raise UserError(
-                f"{path} and {other} can't be compared: {group[0]} of {', '.join(group[1:3])} is "
-                f"{value} in one and {expected} in the other"
+            what = (
+                f"{group[0]} of {', '.join(group[1:3])} is {value} in one, {expected} in the other"
             )
+            if group[0] == "config":
+                what = "they were trained with different configs, or by different versions"
+            raise UserError(f"{path} and {other} can't be compared: {what}")
 
 
 def _paired_effects(

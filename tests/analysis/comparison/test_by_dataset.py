@@ -169,8 +169,8 @@ def test_what_can_not_be_compared(tmp_path, change, message):
             {"settings": {"DATASETS.TEST": ["other"]}},
             r"DATASETS\.TEST of set0 is \['other'\] in one",
         ),
-        ({"iterations": 9}, "iterations of set0, both is 9 in one and 5 in the other"),
-        ({"config": "b"}, "config of set0, both is b in one and a in the other"),
+        ({"iterations": 9}, "iterations of set0, both is 9 in one, 5 in the other"),
+        ({"config": "b"}, "can't be compared: they were trained with different configs"),
     ],
 )
 def test_runs_that_are_not_alike(tmp_path, changed, message):
@@ -181,6 +181,13 @@ def test_runs_that_are_not_alike(tmp_path, changed, message):
         path.write_text(json.dumps(json.loads(path.read_text()) | known | new))
     with pytest.raises(UserError, match=message):
         compare_records(paths)
+
+
+def test_records_may_have_metrics_alone(tmp_path):
+    paths = write_records(tmp_path)
+    more = json.loads(paths[0].read_text()) | {"settings": {"DATASETS.TEST": ["a"]}, "config": "a"}
+    paths[0].write_text(json.dumps(more))
+    assert len(compare_records(paths)) == 1
 
 
 def test_the_weight_of_a_control_differs_by_seed(tmp_path):
@@ -196,6 +203,7 @@ def test_the_weight_of_a_control_differs_by_seed(tmp_path):
     "[", "[]", '{"dataset": "a"}',
     '{"dataset": "a", "variant": "b", "seed": 1, "metrics": {"AP": "high"}}',
     '{"dataset": "a", "variant": "b", "seed": 1, "metrics": {"AP": 1.0}}',
+    '{"dataset": "a", "variant": "b", "seed": 1, "metrics": {}, "settings": null}',
 ])  # fmt: skip
 def test_a_file_that_is_no_record(tmp_path, content):
     file = tmp_path / "x.json"
