@@ -295,6 +295,8 @@ def test_torchrun_restarts_one_process_alone(tmp_path, own_config, start):
 def test_sigterm_ends_processes_that_are_only_being_started(tmp_path, own_config, start):
     process = start("--num-gpus", "2", "--config-file", own_config, *LONG)
     workers = wait_for(lambda: len(w := workers_of(process.pid)) == 2 and w, process)
+    for worker in workers:  # sooner, the launcher ends before it has written what they are to do
+        wait_for(lambda w=worker: "libtorch" in Path(f"/proc/{w}/maps").read_text(), process)
     process.terminate()
     assert process.wait(120) == 128 + signal.SIGTERM
     assert printed(tmp_path) == ""
