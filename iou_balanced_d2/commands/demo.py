@@ -111,8 +111,20 @@ def load_predictor(cfg: CfgNode) -> DefaultPredictor:
     return predictor
 
 
-def run(args: argparse.Namespace) -> int:
-    """Draw everything; 1 if files could not be read."""
+def targets_of(files: Sequence[str], output: Path) -> list[Path]:
+    """Where each picture is drawn to; refuses to draw over one that is an input."""
+    written: set[str] = set()
+    targets = [output / free_name(Path(file), written) for file in files]
+    # By inode and device, as links lead to one file by several paths.
+    inputs = {os.stat(file)[1:3]: file for file in files if os.path.exists(file)}
+    for target in filter(os.path.exists, targets):
+        if replaced := inputs.get(os.stat(target)[1:3]):
+            raise UserError(f"{replaced} would be overwritten: give another folder as --output")
+    return targets
+
+
+def checked_config(args: argparse.Namespace) -> CfgNode:
+    """The config, once its detector can be built and has weights."""
     cfg = load_config(args.config_file, args.opts)
     choose_device(cfg, args.opts)
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
@@ -123,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no detector: give --opts MODEL.WEIGHTS FILE at the end of the command")
     check_weights(cfg, resume=False, eval_only=True)
+    return cfg
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw everything; 1 if files could not be read."""
+    cfg = checked_config(args)
     output = Path(args.output)
     make_folder(output)
     # Warned of by detectron2's anchor generator; the user can't change it.
@@ -131,13 +149,7 @@ def run(args: argparse.Namespace) -> int:
     register_datasets_of(cfg)
     names = known_classes(cfg)
     files = list(pictures_of(args.input, output))
-    written: set[str] = set()
-    targets = [output / free_name(Path(file), written) for file in files]
-    # By inode and device: drawing one picture must not replace another that is still to be read.
-    inputs = {os.stat(file)[1:3]: file for file in files if os.path.exists(file)}
-    for target in filter(os.path.exists, targets):
-        if replaced := inputs.get(os.stat(target)[1:3]):
-            raise UserError(f"{replaced} would be overwritten: give another folder as --output")
+    targets = targets_of(files, output)
     failed, num_boxes, best_score = 0, 0, 0.0
     for file, target in zip(tqdm(files, disable=len(files) < 2), targets, strict=True):
         try:

@@ -59,48 +59,60 @@ def check_datasets(
     if not getattr(cfg.DATASETS, key.split(".")[1]):
         raise UserError(f"{key} is empty: name at least one data set")
     known: dict[str, list[str]] = {}
-    is_empty: dict[str, bool] = {}
+    empty: set[str] = set()
     for name in dict.fromkeys(names):
         _check_registered(name)
         prepare_dataset(name)
         if name.startswith("iou_balanced_demo_"):
             ensure_demo_datasets(str(Path(MetadataCatalog.get(name).json_file).parents[2]))
         try:
-            classes = _check_known(name) if name in _TRUSTED else []
-            if name in _TRUSTED and not read_images and look is None:
-                pass
-            elif {"json_file", "image_root"} <= MetadataCatalog.get(name).as_dict().keys():
-                content = read_coco_json(MetadataCatalog.get(name).json_file)
-                check_folder(MetadataCatalog.get(name).image_root)
-                if look is None:
-                    _check_content(cfg, name, content, read_images=read_images)
-                else:
-                    look(name, content)
-                classes = class_names(content)
-                is_empty[name] = not trained_on(content, cfg.DATASETS.VOC_DIFFICULT)
-            else:
-                classes = _check_records(name)
-                if not classes and name in cfg.DATASETS.TEST:
-                    raise UserError(
-                        "the evaluation needs its classes: set MetadataCatalog.get("
-                        f"{name!r}).thing_classes to their names"
-                    )
+            classes, has_boxes = _check_dataset(cfg, name, read_images=read_images, look=look)
         except UserError as error:
             raise UserError(f"data set {name!r}: {error}") from error
         _check_num_classes(cfg, name, classes)
         _check_same_classes(known, name, classes)
-    if training and all(is_empty.get(name) for name in cfg.DATASETS.TRAIN):
+        if not has_boxes:
+            empty.add(name)
+    _check_boxes(cfg, empty, training=training, looking=look is not None)
+
+
+def _check_dataset(
+    cfg: CfgNode, name: str, *, read_images: bool, look: Look | None
+) -> tuple[list[str], bool]:
+    """Check one data set; returns its classes, and whether it may have a usable box."""
+    classes = _check_known(name) if name in _TRUSTED else []
+    if name in _TRUSTED and not read_images and look is None:
+        return classes, True
+    if {"json_file", "image_root"} <= MetadataCatalog.get(name).as_dict().keys():
+        content = read_coco_json(MetadataCatalog.get(name).json_file)
+        check_folder(MetadataCatalog.get(name).image_root)
+        if look is None:
+            _check_content(cfg, name, content, read_images=read_images)
+        else:
+            look(name, content)
+        return class_names(content), bool(trained_on(content, cfg.DATASETS.VOC_DIFFICULT))
+    classes = _check_records(name)
+    if not classes and name in cfg.DATASETS.TEST:
+        raise UserError(
+            "the evaluation needs its classes: set MetadataCatalog.get("
+            f"{name!r}).thing_classes to their names"
+        )
+    return classes, True
+
+
+def _check_boxes(cfg: CfgNode, empty: set[str], *, training: bool, looking: bool) -> None:
+    """Refuse to train, or to be judged, on data sets that are all ``empty``."""
+    if training and empty >= set(cfg.DATASETS.TRAIN):
         hint = _label_hint(cfg.DATASETS.TRAIN[0])
         raise UserError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: no image has a usable box{hint}"
         )
-    empty = [name for name in cfg.DATASETS.TEST if is_empty.get(name)]
-    for name in empty:
+    for name in (name for name in cfg.DATASETS.TEST if name in empty):
         text = (
             f"DATASETS.TEST {name!r}: no image has a usable box{_label_hint(name)}: there is no AP "
             "without annotations"
         )
-        if training and look is None and len(empty) == len(cfg.DATASETS.TEST):
+        if training and not looking and empty >= set(cfg.DATASETS.TEST):
             raise UserError(f"{text} (--eval-only writes detections without them)")
         logger.warning(text)
 

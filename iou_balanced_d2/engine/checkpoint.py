@@ -223,7 +223,10 @@ class RobustCheckpointer(DetectionCheckpointer):
     def _check_match(
         self, path: str, theirs: list[str], incompatible: Any, *, strict: bool
     ) -> None:
-        """Refuse weights of which hardly any is the model's; if strict, all but the model's."""
+        """Refuse weights of which hardly any is the model's.
+
+        If strict, also those that lack some of the model's, or are of a deeper network.
+        """
         missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
         own = dict(self.model.named_parameters()).keys()
         if len(own - missing) < _LEAST_SHARE * len(own):
@@ -250,12 +253,13 @@ class RobustCheckpointer(DetectionCheckpointer):
 
     def _is_of_a_further_layer(self, name: str) -> bool:
         """Whether a name is of a deeper network, as in res4.6; other parts may be left unused."""
-        modules = dict(self.model.named_modules()).keys()
-        parts = name.split(".")[:-1]
-        first = next(
-            (i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in modules), None
-        )
-        return first is not None and parts[first].isdigit()
+        module = self.model
+        for part in name.split(".")[:-1]:
+            children = dict(module.named_children())
+            if part not in children:
+                return part.isdigit()
+            module = children[part]
+        return False
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         if message := other_classes_message(self.model, incompatible.incorrect_shapes):

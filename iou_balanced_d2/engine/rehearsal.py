@@ -6,8 +6,9 @@ settings are undone one by one until the rehearsal succeeds.
 
 import contextlib
 import logging
+import signal
 import tempfile
-import time
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -95,7 +96,7 @@ def rehearse(cfg: CfgNode, *, training: bool, world_size: int = 1) -> None:
         raise ValueError("DATASETS.PROPOSAL_FILES_TEST needs a file for each of DATASETS.TEST")
     for _task, _metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         float(expected - tolerance)
-    with _quiet(), seeded(0):
+    with _quiet(), _time_limit(), seeded(0):
         if training:
             seed_all_rng(max(cfg.SEED, 0) + world_size)
         with _Skeleton():
@@ -166,16 +167,7 @@ def _blank_record(file: IO[bytes]) -> dict[str, Any]:
 
 
 class _Skeleton(TorchFunctionMode):
-    """Weights are left as memory that is never touched, and layers that use them give zeros.
-
-    Raises:
-        RuntimeError: the first call of torch after ``_SECONDS``, and every later one, as an
-            error may be lost where Python or a library ignores it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._deadline = time.monotonic() + _SECONDS
+    """Weights are left as memory that is never touched, and layers that use them give zeros."""
 
     def __torch_function__(
         self,
@@ -184,8 +176,6 @@ class _Skeleton(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if time.monotonic() > self._deadline:
-            raise RuntimeError(f"building the model takes more than {_SECONDS} seconds")
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _RANDOM_INIT:
             return args[0] if args else kwargs["tensor"]
@@ -210,3 +200,25 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise an error after some time, where Python lets us: signals reach the main thread only.
+
+    Again each second, as Python or a library may ignore an error, e.g. in a destructor.
+    """
+
+    def stop(*_: object) -> None:
+        raise RuntimeError(f"building the model takes more than {_SECONDS} seconds")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -7,7 +7,9 @@ import sys
 import pytest
 from detectron2.utils import logger as d2_logger
 
-from iou_balanced_d2.engine.console import setup_loggers
+from iou_balanced_d2.engine.console import _losses, setup_loggers
+
+from ..toy import toy_config, toy_model
 
 NAMES = ("iou_balanced_d2", "fvcore", "detectron2")
 
@@ -80,3 +82,11 @@ def test_colours_are_not_in_the_file(log):
     _, written = log("detectron2", logging.INFO, "\x1b[38;5;204mMODEL\x1b[39m: x")
     assert written.endswith("MODEL: x\n")
     assert "\x1b" not in written
+
+
+def test_the_line_of_the_losses_tells_a_control_from_the_baseline():
+    plain = ["MODEL.IOU_BALANCED.CLS_ETA", 0.0, "MODEL.IOU_BALANCED.LOC_LAMBDA", 0.0]
+    line = "classification positives x IoU^0; box smooth_l1"
+    assert _losses(toy_config(*plain), toy_model(*plain)) == line
+    control = [*plain, "MODEL.IOU_BALANCED.LOC_WEIGHT", 1.08]
+    assert _losses(toy_config(*control), toy_model(*control)) == f"{line} x 1.08"

@@ -1,5 +1,8 @@
 """Mistakes in a config are found before the launch, and named by trial."""
 
+import contextlib
+import time
+
 import pytest
 import yaml
 
@@ -108,6 +111,19 @@ def test_a_model_without_end_is_given_up(refusal, monkeypatch):
     monkeypatch.setattr(rehearsal, "_SECONDS", 1)
     message = refusal("MODEL.RETINANET.NUM_CONVS", "10000000")
     assert message.startswith("MODEL.RETINANET.NUM_CONVS 10000000 can't be used")
+
+
+@rehearsal._time_limit()
+def lose_the_first_error():
+    with contextlib.suppress(RuntimeError):
+        time.sleep(20)
+    time.sleep(20)
+
+
+def test_a_time_limit_whose_error_is_lost_is_raised_again(monkeypatch):
+    monkeypatch.setattr(rehearsal, "_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="takes more than"):
+        lose_the_first_error()
 
 
 @pytest.mark.parametrize("path", [get_config_file(

@@ -144,12 +144,10 @@ def summary_table(found: Sequence[Against]) -> str:
     rows = []
     for against in found:
         pooled = [against.pooled.get(metric) for metric in METRICS]
-        names = (markdown_text(against.name), _runs(against.effects["AP"]))
-        for first, which, key in zip(
-            names, ("like these", "these alone"), ("random", "these"), strict=True
-        ):
-            cells = ["–" if p is None else _cell(getattr(p, key)) for p in pooled]
-            rows.append([first, which, *cells])
+        random = ["–" if p is None else _cell(p.random) for p in pooled]
+        these = ["–" if p is None else _cell(p.these) for p in pooled]
+        rows.append([markdown_text(against.name), "like these", *random])
+        rows.append([_runs(against.effects["AP"]), "these alone", *these])
     headers = [markdown_text(f"against {found[0].first}"), "data sets", *METRICS]
     align = ["left", "left", *["right"] * len(METRICS)]
     return tabulate(rows, headers, "pipe", colalign=align, disable_numparse=True)
